@@ -1,0 +1,4 @@
+"""OpenMM adapter: System to Potential, write-back, sampling."""
+
+from mdgraft_openmm.sampler import Sampler as Sampler
+from mdgraft_openmm.write import write_parameters as write_parameters

@@ -1,0 +1,86 @@
+"""What turns one class of OpenMM Force into a term and back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from torch import Tensor
+
+from mdgraft import InvalidInputError
+from mdgraft.potentials import AbstractTerm
+
+Values = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where a Force comes from.
+
+    Attributes
+    ----------
+    system
+        The System that holds the force.
+    context
+        The Context that it runs in, or None.
+    """
+
+    system: openmm.System
+    context: openmm.Context | None = None
+
+
+class AbstractConverter(abc.ABC):
+    """Translates one Force class. Stateless; numbers are in OpenMM's unit system."""
+
+    @abc.abstractmethod
+    def read(self, force: Any, host: Host) -> AbstractTerm:
+        """Build the term, in double precision on the CPU."""
+
+    @abc.abstractmethod
+    def write(self, values: Values, force: Any) -> None:
+        """Set the force's parameters to ``values``, one float64 array for each parameter."""
+
+    def check(self, values: Values, force: Any) -> None:
+        """Raise `ParameterMismatchError` for a value that the host would refuse."""
+        return None
+
+    def structural(self, values: Values, force: Any) -> list[str]:
+        """Name the changes in ``values`` that ``updateParametersInContext`` cannot take over."""
+        return []
+
+
+def number(quantity: Any) -> float:
+    """A Quantity or number as a float in OpenMM's unit system."""
+    # Quantities from getters already are in that system, so their bare number is the value.
+    return float(getattr(quantity, "_value", quantity))
+
+
+def column(rows: list[tuple[Any, ...]], index: int) -> Tensor:
+    """One entry of each row as a float64 tensor."""
+    return torch.tensor([number(row[index]) for row in rows], dtype=torch.float64)
+
+
+def indices(rows: list[tuple[Any, ...]], *columns: int) -> Tensor:
+    """Integer entries of each row as an int64 tensor ``(rows, columns)``."""
+    picked = [[int(row[c]) for c in columns] for row in rows]
+    return torch.tensor(picked, dtype=torch.long).reshape(-1, len(columns))
+
+
+def checked_indices(
+    force: str, rows: list[tuple[Any, ...]], *columns: int, n_particles: int
+) -> Tensor:
+    """Like `indices`, but raise for one that is out of range."""
+    picked = indices(rows, *columns)
+    outside = ((picked < 0) | (picked >= n_particles)).any(dim=-1)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise InvalidInputError(
+            f"{force}: entry {row} refers to {picked[row].tolist()}, but indices reach only from "
+            f"0 to {n_particles - 1}"
+        )
+    return picked

@@ -1,0 +1,30 @@
+"""HarmonicBondForce."""
+
+from __future__ import annotations
+
+import openmm
+
+from mdgraft.potentials.bonded import HarmonicBond
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
+
+
+class HarmonicBondConverter(AbstractConverter):
+    """HarmonicBondForce <-> HarmonicBond."""
+
+    def read(self, force: openmm.HarmonicBondForce, host: Host) -> HarmonicBond:
+        """Build the term."""
+        rows = [force.getBondParameters(i) for i in range(force.getNumBonds())]
+        return HarmonicBond(
+            checked_indices(
+                force.getName(), rows, 0, 1, n_particles=host.system.getNumParticles()
+            ),
+            length=column(rows, 2),
+            k=column(rows, 3),
+            periodic=force.usesPeriodicBoundaryConditions(),
+        )
+
+    def write(self, values: Values, force: openmm.HarmonicBondForce) -> None:
+        """Set lengths and force constants."""
+        for i in range(force.getNumBonds()):
+            p1, p2, _, _ = force.getBondParameters(i)
+            force.setBondParameters(i, p1, p2, values["length"][i], values["k"][i])

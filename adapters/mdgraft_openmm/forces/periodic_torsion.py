@@ -1,0 +1,43 @@
+"""PeriodicTorsionForce."""
+
+from __future__ import annotations
+
+import openmm
+
+from mdgraft import InvalidInputError
+from mdgraft.potentials.bonded import PeriodicTorsion
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, column, indices
+from mdgraft_openmm._particles import particles
+
+
+class PeriodicTorsionConverter(AbstractConverter):
+    """PeriodicTorsionForce <-> PeriodicTorsion."""
+
+    def read(self, force: openmm.PeriodicTorsionForce, host: Host) -> PeriodicTorsion:
+        """Build the term.
+
+        Raises
+        ------
+        InvalidInputError
+            For a periodicity below one, which no Context accepts, or a particle out of range.
+        """
+        rows = [force.getTorsionParameters(i) for i in range(force.getNumTorsions())]
+        periodicity = indices(rows, 4).squeeze(-1)
+        for i in (periodicity < 1).nonzero().squeeze(-1).tolist():
+            raise InvalidInputError(
+                f"host_object: torsion {i} of {force.getName()} has periodicity "
+                f"{int(periodicity[i])}, wanted at least 1"
+            )
+        return PeriodicTorsion(
+            particles(force, host, rows, 0, 1, 2, 3),
+            periodicity=periodicity,
+            phase=column(rows, 5),
+            k=column(rows, 6),
+            periodic=force.usesPeriodicBoundaryConditions(),
+        )
+
+    def write(self, values: Values, force: openmm.PeriodicTorsionForce) -> None:
+        """Set phases and force constants; periodicities stay."""
+        for i in range(force.getNumTorsions()):
+            *topology, _, _ = force.getTorsionParameters(i)
+            force.setTorsionParameters(i, *topology, values["phase"][i], values["k"][i])

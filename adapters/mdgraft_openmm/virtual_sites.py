@@ -1,0 +1,95 @@
+"""Virtual sites of a System."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import openmm
+
+from mdgraft import UnsupportedForceError
+from mdgraft.constraints.virtual_sites import (
+    AbstractSite,
+    AverageSite,
+    LocalCoordinatesSite,
+    OutOfPlaneSite,
+    SymmetrySite,
+    VirtualSites,
+)
+from mdgraft_openmm._converter import number
+
+
+def read_sites(system: openmm.System) -> VirtualSites | None:
+    """The system's virtual sites, or None when it has none.
+
+    Raises
+    ------
+    UnsupportedForceError
+        For a class of virtual site that has no torch form.
+    InvalidInputError
+        If definitions are circular or name particles that do not exist.
+    """
+    sites: dict[int, AbstractSite] = {}
+    for i in range(system.getNumParticles()):
+        if not system.isVirtualSite(i):
+            continue
+        site = system.getVirtualSite(i)
+        read = _READERS.get(type(site).__name__)
+        if read is None:
+            raise UnsupportedForceError(
+                f"host_object: particle {i} is a virtual site of class {type(site).__name__}, "
+                f"which has no native torch form; native are {', '.join(sorted(_READERS))}"
+            )
+        sites[i] = read(site)
+    return VirtualSites(sites, n_particles=system.getNumParticles()) if sites else None
+
+
+def _parents(site: Any) -> tuple[int, ...]:
+    return tuple(site.getParticle(k) for k in range(site.getNumParticles()))
+
+
+def _numbers(vector: Any) -> tuple[float, ...]:
+    return tuple(number(component) for component in vector)
+
+
+def _average(site: Any) -> AverageSite:
+    parents = _parents(site)
+    weights = tuple(number(site.getWeight(k)) for k in range(len(parents)))
+    return AverageSite(parents=parents, weights=weights)
+
+
+def _out_of_plane(site: Any) -> OutOfPlaneSite:
+    return OutOfPlaneSite(
+        parents=_parents(site),
+        weight12=number(site.getWeight12()),
+        weight13=number(site.getWeight13()),
+        weight_cross=number(site.getWeightCross()),
+    )
+
+
+def _local_coordinates(site: Any) -> LocalCoordinatesSite:
+    return LocalCoordinatesSite(
+        parents=_parents(site),
+        origin_weights=_numbers(site.getOriginWeights()),
+        x_weights=_numbers(site.getXWeights()),
+        y_weights=_numbers(site.getYWeights()),
+        local_position=_numbers(site.getLocalPosition()),
+    )
+
+
+def _symmetry(site: Any) -> SymmetrySite:
+    return SymmetrySite(
+        parents=_parents(site),
+        rotation=tuple(_numbers(row) for row in site.getRotationMatrix()),
+        offset=_numbers(site.getOffsetVector()),
+        fractional=bool(site.getUseBoxVectors()),
+    )
+
+
+_READERS: dict[str, Callable[[Any], AbstractSite]] = {
+    "TwoParticleAverageSite": _average,
+    "ThreeParticleAverageSite": _average,
+    "OutOfPlaneSite": _out_of_plane,
+    "LocalCoordinatesSite": _local_coordinates,
+    "SymmetrySite": _symmetry,
+}

@@ -1,0 +1,123 @@
+"""Writing a potential's parameters back into OpenMM objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+
+from mdgraft import ParameterMismatchError, Potential
+from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters
+from mdgraft_openmm._converter import Host
+from mdgraft_openmm.forces import CONVERTERS
+
+
+def write_parameters(potential: Potential, system_or_context: Any) -> None:
+    """Write every parameter of a potential, ties included, back into OpenMM.
+
+    A ``System`` gets new force parameters and new defaults of global parameters. A ``Context`` or
+    ``Simulation`` has its System's forces updated, ``updateParametersInContext`` called and its
+    global parameters set. A value that did not change is left as the host has it, so a round trip
+    is exact in float32 too. Nothing is written if anything cannot be.
+
+    Parameters
+    ----------
+    potential
+        A potential grafted from this System or from one with the same forces.
+    system_or_context
+        ``openmm.System``, ``Context`` or ``app.Simulation``.
+
+    Raises
+    ------
+    ParameterMismatchError
+        If forces or shapes do not match, a value is not finite or not allowed by OpenMM, or a live
+        Context cannot take over a change (such as an exclusion that becomes an interaction).
+    """
+    host = as_host(system_or_context)
+    forces = energy_forces(host.system)
+    _check_terms(potential, forces)
+    new = {name: value.detach() for name, value in potential.values().items()}
+    current = _host_values(host, forces)
+    merged: dict[str, dict[str, np.ndarray]] = {}
+    for name, force in forces.items():
+        merged[name] = {
+            key: _merge(f"{name}.{key}", old, new.get(f"{name}.{key}"))
+            for key, old in current[name].items()
+        }
+        converter = CONVERTERS[type(force)]
+        converter.check(merged[name], force)
+        if host.context is not None:
+            _refuse_structural(name, converter.structural(merged[name], force))
+    shared = {
+        name: float(_merge(f"globals.{name}", np.asarray(old), new.get(f"globals.{name}")))
+        for name, old in global_parameters(host).items()
+    }
+
+    for name, force in forces.items():
+        changed = any(not np.array_equal(merged[name][k], v) for k, v in current[name].items())
+        if changed:
+            CONVERTERS[type(force)].write(merged[name], force)
+            if host.context is not None:
+                force.updateParametersInContext(host.context)
+    for name, value in shared.items():
+        if host.context is not None:
+            host.context.setParameter(name, value)
+        else:
+            _set_default(forces, name, value)
+
+
+def _check_terms(potential: Potential, forces: Mapping[str, openmm.Force]) -> None:
+    if tuple(forces) != potential.term_names:
+        raise ParameterMismatchError(
+            f"system_or_context: has the forces {list(forces)}, the potential the terms "
+            f"{list(potential.term_names)}; write into the System that was grafted or a copy of it"
+        )
+
+
+def _host_values(
+    host: Host, forces: Mapping[str, openmm.Force]
+) -> dict[str, dict[str, np.ndarray]]:
+    """What the host holds now, by term and parameter."""
+    found = {}
+    for name, force in forces.items():
+        term = CONVERTERS[type(force)].read(force, host)
+        found[name] = {
+            key: value.detach().numpy().astype(np.float64)
+            for key, value in term.parameter_values().items()
+        }
+    return found
+
+
+def _merge(name: str, old: np.ndarray, new: torch.Tensor | None) -> np.ndarray:
+    """The potential's values, except where they equal the host's in the potential's precision."""
+    if new is None or tuple(new.shape) != old.shape:
+        shape = None if new is None else tuple(new.shape)
+        raise ParameterMismatchError(
+            f"{name}: the potential has shape {shape}, the host {old.shape}; write into the System "
+            "that was grafted or a copy of it"
+        )
+    values = new.cpu()
+    if not bool(torch.isfinite(values).all()):
+        raise ParameterMismatchError(f"{name}: holds NaN or infinity; nothing was written")
+    rounded = torch.tensor(old, dtype=values.dtype)
+    return np.where((rounded == values).numpy(), old, values.double().numpy())
+
+
+def _refuse_structural(name: str, changes: list[str]) -> None:
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise ParameterMismatchError(
+            f"{name}: a live Context cannot take over changes of {', '.join(changes[:3])}{more}; "
+            "write into the System, then call context.reinitialize(preserveState=True)"
+        )
+
+
+def _set_default(forces: Mapping[str, openmm.Force], name: str, value: float) -> None:
+    """Declare a new default in every force that has this global parameter."""
+    for force in forces.values():
+        for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)()):
+            if force.getGlobalParameterName(i) == name:
+                force.setGlobalParameterDefaultValue(i, value)

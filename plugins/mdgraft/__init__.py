@@ -1,0 +1,19 @@
+"""mdgraft: graft gradients onto the molecular-dynamics engine you already use."""
+
+from mdgraft._errors import BoxTooSmallError as BoxTooSmallError
+from mdgraft._errors import ConfigurationError as ConfigurationError
+from mdgraft._errors import InsufficientOverlapError as InsufficientOverlapError
+from mdgraft._errors import InvalidInputError as InvalidInputError
+from mdgraft._errors import MDGraftError as MDGraftError
+from mdgraft._errors import MDGraftWarning as MDGraftWarning
+from mdgraft._errors import MissingBoxError as MissingBoxError
+from mdgraft._errors import ParameterMismatchError as ParameterMismatchError
+from mdgraft._errors import UnsupportedForceError as UnsupportedForceError
+from mdgraft._errors import UnsupportedHostError as UnsupportedHostError
+from mdgraft._errors import UntrustedInputError as UntrustedInputError
+from mdgraft._errors import WrongEnsembleError as WrongEnsembleError
+from mdgraft._graft import graft as graft
+from mdgraft.frames import Frames as Frames
+from mdgraft.potentials import Potential as Potential
+
+__version__ = "0.1.0"

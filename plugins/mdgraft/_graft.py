@@ -1,0 +1,65 @@
+"""Finding the adapter that turns a host's object into a potential."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import torch
+
+from mdgraft._errors import UnsupportedHostError
+from mdgraft.potentials import Potential
+
+_GROUP = "mdgraft.adapters"
+
+
+def graft(
+    host_object: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Potential:
+    """Turn an object of a host package into a differentiable potential.
+
+    Parameters
+    ----------
+    host_object
+        For OpenMM a ``System``, ``Context`` or ``Simulation``. A ``Context`` also supplies the
+        present values of global parameters and the PME settings it runs with.
+    dtype
+        ``torch.float64`` or ``torch.float32``.
+    device
+        Where the potential computes.
+
+    Returns
+    -------
+    Potential
+        A ``torch.nn.Module`` with one term for each force that contributes energy.
+
+    Raises
+    ------
+    UnsupportedHostError
+        If no installed adapter knows the object's class.
+    UnsupportedForceError
+        If the system holds forces without a native torch form; it lists all of them.
+    """
+    # A user's subclass lives in another module, so every base class is asked.
+    packages = dict.fromkeys(cls.__module__.partition(".")[0] for cls in type(host_object).__mro__)
+    available = entry_points(group=_GROUP)
+    for package in packages:
+        found: dict[str, EntryPoint] = {}
+        for entry in available:
+            if entry.name == package:
+                found.setdefault(entry.value, entry)
+        if len(found) > 1:
+            raise UnsupportedHostError(
+                f"host_object: more than one adapter for {package!r} is installed: "
+                f"{sorted(found)}; uninstall all but one"
+            )
+        for entry in found.values():
+            potential: Potential = entry.load()(host_object, dtype=dtype, device=device)
+            return potential
+    raise UnsupportedHostError(
+        f"host_object: no adapter for {type(host_object).__module__}.{type(host_object).__qualname__}"
+        f"; there are adapters for {sorted({entry.name for entry in available})}"
+    )

@@ -1,0 +1,72 @@
+"""Looking at plain values inside torch.func transforms.
+
+A neighbour list and a check for NaN need the numbers themselves, which ``torch.func.grad``,
+``jvp`` and ``vmap`` hide behind wrapper tensors. A custom ``autograd.Function`` is called with the
+wrappers taken off, and its ``vmap`` rule sees the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: ``fold(result, n_frames)`` turns a result over ``batch * n_frames`` frames into one that is
+#: valid for every member of the batch.
+Fold = Callable[[Tensor, int], Tensor]
+
+
+class _Observe(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:
+        return function(*(tensor.detach() for tensor in tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.n_inputs = len(inputs)
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, ...]:
+        return (None,) * ctx.n_inputs
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        function: Callable[..., Tensor],
+        fold: Fold,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, None]:
+        n_frames = 0
+        merged = []
+        for tensor, dim in zip(tensors, in_dims[2:], strict=True):
+            if dim is None:
+                batched = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
+            else:
+                batched = tensor.movedim(dim, 0)
+            n_frames = batched.shape[1]
+            merged.append(batched.reshape(-1, *batched.shape[2:]))
+        return fold(_Observe.apply(function, fold, *merged), n_frames), None
+
+
+def observe(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:
+    """Call ``function`` on the plain values of ``tensors``; its result is a constant.
+
+    Parameters
+    ----------
+    function
+        Takes as many tensors as are given, each with a leading frame axis, and returns a tensor.
+    fold
+        Merges results when ``torch.vmap`` adds a batch in front of the frames.
+    tensors
+        Tensors of shape ``(frames, ...)``.
+    """
+    result: Tensor = _Observe.apply(function, fold, *tensors)
+    return result

@@ -1,0 +1,4 @@
+"""Energy terms as torch modules, and the potential that sums them."""
+
+from mdgraft.potentials.potential import Potential as Potential
+from mdgraft.potentials.term import AbstractTerm as AbstractTerm

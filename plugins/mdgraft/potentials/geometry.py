@@ -1,0 +1,114 @@
+"""Distances, angles and dihedrals whose derivatives stay finite where they are degenerate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mdgraft.kernels.periodic import minimum_image
+
+
+def displacement(positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor) -> Tensor:
+    """Vectors from particles ``i`` to ``j``: ``(frames, n, 3)`` for index tensors ``(n,)``."""
+    vectors = positions[:, j] - positions[:, i]
+    return vectors if box is None else minimum_image(vectors, box[:, None])
+
+
+def safe_norm(vectors: Tensor) -> Tensor:
+    """Euclidean norm over the last axis; where it is zero, so is its derivative."""
+    squared = (vectors * vectors).sum(dim=-1)
+    # The second derivative holds squared**-1.5, which must not overflow either.
+    zero = squared <= torch.finfo(squared.dtype).tiny ** (2 / 3)
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, squared)))
+
+
+def distance(positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor) -> Tensor:
+    """Distances ``(frames, n)`` [nm]."""
+    return safe_norm(displacement(positions, box, i, j))
+
+
+def rescaled(vectors: Tensor) -> Tensor:
+    """Vectors ``(..., 3)`` divided by their largest component, a constant of differentiation.
+
+    A function that does not depend on the length of a vector, such as an angle, keeps its value
+    and all its derivatives, while its intermediate results can no longer under- or overflow.
+    """
+    size = vectors.detach().abs().amax(dim=-1, keepdim=True)
+    tiny = math.sqrt(torch.finfo(vectors.dtype).tiny)
+    return vectors / torch.where(size <= tiny, 1.0, size)
+
+
+def direction(vectors: Tensor) -> Tensor:
+    """Unit vectors ``(..., 3)``; where a vector is zero, it and its derivatives stay zero."""
+    vectors = rescaled(vectors)
+    length = safe_norm(vectors).unsqueeze(-1)
+    zero = length == 0
+    return torch.where(zero, 0.0, vectors / torch.where(zero, 1.0, length))
+
+
+def polar_angle(y: Tensor, x: Tensor, undefined: float) -> Tensor:
+    """``atan2(y, x)``, or the constant ``undefined`` where both are zero."""
+    size = torch.maximum(x.detach().abs(), y.detach().abs())
+    zero = size <= math.sqrt(torch.finfo(x.dtype).tiny)
+    size = torch.where(zero, 1.0, size)
+    # atan2 does not depend on a common factor; its derivative divides by x**2 + y**2.
+    angle = torch.atan2(torch.where(zero, 0.0, y) / size, torch.where(zero, 1.0, x) / size)
+    return torch.where(zero, undefined, angle)
+
+
+def _sine_and_cosine(
+    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Vector product and scalar product of the two arms of an angle, up to a common factor."""
+    first = rescaled(displacement(positions, box, i, j))
+    second = rescaled(displacement(positions, box, k, j))
+    return torch.linalg.cross(first, second), (first * second).sum(dim=-1)
+
+
+def angle(positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
+    """Angles at particles ``j`` between 0 and pi, ``(frames, n)`` [radian].
+
+    Where the three particles are collinear the angle has a cusp; there its derivatives are zero.
+    """
+    cross, dot = _sine_and_cosine(positions, box, i, j, k)
+    return polar_angle(safe_norm(cross), dot, 0.0)
+
+
+def squared_angle_deviation(
+    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor, reference: Tensor
+) -> Tensor:
+    """``(angle - reference)**2`` ``(frames, n)`` [radian^2], smooth wherever it can be.
+
+    For a straight angle whose reference is straight as well, the square is smooth although the
+    angle is not, and its second derivative is the bending stiffness. For any other reference the
+    square keeps a cusp, whose derivative is taken as zero.
+    """
+    cross, dot = _sine_and_cosine(positions, box, i, j, k)
+    sine = safe_norm(cross)
+    theta = polar_angle(sine, dot, 0.0)
+    straight = sine == 0
+    # (angle - straight)**2 = tan**2 + O(tan**4), in the components of the vector product.
+    tangent = cross / torch.where(straight & (dot != 0), dot, 1.0).unsqueeze(-1)
+    limit = torch.where(dot < 0, math.pi, 0.0).to(dot.dtype)
+    smooth = (tangent * tangent).sum(dim=-1) + (limit - reference) ** 2
+    return torch.where(straight, smooth, (theta - reference) ** 2)
+
+
+def dihedral(
+    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor, m: Tensor
+) -> Tensor:
+    """Dihedral angles between -pi and pi, ``(frames, n)`` [radian], zero for cis.
+
+    Where three consecutive particles are collinear there is no dihedral; the value is pi/2, as on
+    OpenMM's Reference platform, and its derivatives are zero.
+    """
+    first = rescaled(displacement(positions, box, j, i))
+    axis = rescaled(displacement(positions, box, j, k))
+    last = rescaled(displacement(positions, box, m, k))
+    normal = torch.linalg.cross(axis, last)
+    # phi = atan2(|b| a.(b x c), (a x b).(b x c))
+    x = (torch.linalg.cross(first, axis) * normal).sum(dim=-1)
+    y = safe_norm(axis) * (first * normal).sum(dim=-1)
+    return polar_angle(y, x, 0.5 * math.pi)

@@ -1,0 +1,362 @@
+"""Lennard-Jones and Coulomb interactions in the six methods of OpenMM's NonbondedForce."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERGY, NANOMETER
+from mdgraft.kernels.ewald import ewald_reciprocal
+from mdgraft.kernels.pairs import Pairs, all_pairs, exclusion_keys, neighbor_pairs
+from mdgraft.kernels.periodic import volume
+from mdgraft.kernels.pme import pme_coulomb, pme_dispersion
+from mdgraft.kernels.special import erf_over_root
+from mdgraft.potentials import pair_forms
+from mdgraft.potentials.geometry import displacement
+from mdgraft.potentials.term import AbstractTerm
+
+
+class Method(enum.Enum):
+    """How interactions beyond the cutoff are treated."""
+
+    NO_CUTOFF = "NoCutoff"
+    CUTOFF_NON_PERIODIC = "CutoffNonPeriodic"
+    CUTOFF_PERIODIC = "CutoffPeriodic"
+    EWALD = "Ewald"
+    PME = "PME"
+    LJPME = "LJPME"
+
+    @property
+    def periodic(self) -> bool:
+        """Whether a box is needed."""
+        return self not in (Method.NO_CUTOFF, Method.CUTOFF_NON_PERIODIC)
+
+    @property
+    def ewald(self) -> bool:
+        """Whether Coulomb interactions are summed in reciprocal space."""
+        return self in (Method.EWALD, Method.PME, Method.LJPME)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NonbondedSettings:
+    """Constants of a nonbonded term.
+
+    Attributes
+    ----------
+    method
+        Treatment of long-range interactions.
+    cutoff
+        [nm]; unused without a cutoff.
+    alpha, kmax, grid
+        Ewald splitting parameter [1/nm], number of wave vectors (Ewald), grid (PME, LJPME).
+    dispersion_alpha, dispersion_grid
+        The same for the dispersion mesh of LJPME.
+    dispersion_correction
+        Whether the long-range tail of the Lennard-Jones interaction is added.
+    exceptions_periodic
+        Whether exceptions act between nearest periodic images.
+    include_direct
+        False leaves only the reciprocal-space sum.
+    """
+
+    method: Method
+    cutoff: float = math.inf
+    alpha: float = 0.0
+    kmax: tuple[int, int, int] = (1, 1, 1)
+    grid: tuple[int, int, int] = (6, 6, 6)
+    dispersion_alpha: float = 0.0
+    dispersion_grid: tuple[int, int, int] = (6, 6, 6)
+    dispersion_correction: bool = False
+    exceptions_periodic: bool = False
+    include_direct: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Offsets:
+    """Parameter offsets: entry ``target`` grows by ``global_value * scale`` in three quantities.
+
+    Attributes
+    ----------
+    target
+        ``(n,)`` index of the particle or exception.
+    parameter
+        ``(n,)`` index into the term's list of global parameters.
+    scales
+        ``(n, 3)`` for charge (or charge product), sigma, epsilon.
+    active
+        ``(n,)`` False for an offset that a later one with the same target and parameter replaces.
+    """
+
+    target: Tensor
+    parameter: Tensor
+    scales: Tensor
+    active: Tensor
+
+
+_PARTICLE = ("charge", "sigma", "epsilon")
+_EXCEPTION = ("exception_charge_product", "exception_sigma", "exception_epsilon")
+
+
+class Nonbonded(AbstractTerm):
+    """Lennard-Jones and Coulomb interactions between all pairs, with exceptions.
+
+    Lorentz-Berthelot combination for pairs; exceptions carry parameters of their own. Parameters
+    grow with global parameters through offsets. Excluded pairs are exceptions whose charge product
+    and epsilon are zero; their gradient is the true one, so freeze ``exception_*`` unless they are
+    meant to change.
+
+    Parameters
+    ----------
+    charge, sigma, epsilon
+        ``(N,)`` [e], [nm], [kJ/mol].
+    exceptions
+        ``(exceptions, 2)`` particle indices.
+    exception_charge_product, exception_sigma, exception_epsilon
+        ``(exceptions,)`` [e^2], [nm], [kJ/mol].
+    settings
+        Method and its constants.
+    switching_distance
+        ``()`` [nm], or None without a switching function.
+    reaction_field_dielectric
+        ``()``, used by the cutoff methods.
+    global_names, global_defaults
+        Names and declared defaults ``(globals,)`` of the global parameters that offsets refer to.
+        As in OpenMM the dispersion correction sees the declared defaults, not present values.
+    particle_offsets, exception_offsets
+        Parameter offsets, or None.
+    """
+
+    exceptions: Tensor
+    excluded: Tensor
+    global_defaults: Tensor
+
+    def __init__(
+        self,
+        charge: Tensor,
+        sigma: Tensor,
+        epsilon: Tensor,
+        *,
+        exceptions: Tensor,
+        exception_charge_product: Tensor,
+        exception_sigma: Tensor,
+        exception_epsilon: Tensor,
+        settings: NonbondedSettings,
+        switching_distance: Tensor | None = None,
+        reaction_field_dielectric: Tensor | None = None,
+        global_names: tuple[str, ...] = (),
+        global_defaults: Tensor | None = None,
+        particle_offsets: Offsets | None = None,
+        exception_offsets: Offsets | None = None,
+    ) -> None:
+        super().__init__(periodic=settings.method.periodic)
+        self.settings = settings
+        self.global_names = global_names
+        self.register_buffer("exceptions", exceptions)
+        self.register_buffer(
+            "excluded", exclusion_keys(exceptions, charge.shape[0]), persistent=False
+        )
+        defaults = charge.new_zeros(0) if global_defaults is None else global_defaults
+        self.register_buffer("global_defaults", defaults)
+        for name, value, unit in zip(
+            (*_PARTICLE, *_EXCEPTION),
+            (charge, sigma, epsilon, exception_charge_product, exception_sigma, exception_epsilon),
+            (CHARGE, NANOMETER, ENERGY, CHARGE_SQUARED, NANOMETER, ENERGY),
+            strict=True,
+        ):
+            self.add_parameter(name, value, unit)
+        if switching_distance is not None:
+            self.add_parameter("switching_distance", switching_distance, NANOMETER)
+        if settings.method in (Method.CUTOFF_NON_PERIODIC, Method.CUTOFF_PERIODIC):
+            if reaction_field_dielectric is None:
+                raise ValueError("reaction_field_dielectric: needed by the cutoff methods")
+            self.add_parameter(
+                "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
+            )
+        self._add_offsets("particle_offset", particle_offsets, ("charge", "sigma", "epsilon"))
+        self._add_offsets(
+            "exception_offset", exception_offsets, ("charge_product", "sigma", "epsilon")
+        )
+
+    def _add_offsets(self, kind: str, offsets: Offsets | None, names: tuple[str, ...]) -> None:
+        if offsets is None:
+            return
+        for field in ("target", "parameter", "active"):
+            self.register_buffer(f"{kind}_{field}", getattr(offsets, field))
+        units = (CHARGE if names[0] == "charge" else CHARGE_SQUARED, NANOMETER, ENERGY)
+        for name, scale, unit in zip(names, offsets.scales.unbind(-1), units, strict=True):
+            self.add_parameter(f"{kind}_{name}_scale", scale.clone(), unit)
+
+    def forward(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol]."""
+        settings = self.settings
+        present = self.global_defaults
+        if self.global_names:
+            present = torch.stack([global_values[name] for name in self.global_names])
+        particle = [values[name] for name in _PARTICLE]
+        charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
+        energy = positions.new_zeros(positions.shape[0])
+        if settings.include_direct:
+            energy = energy + self._direct(positions, box, charge, sigma, epsilon, values)
+            energy = energy + self._exceptions(positions, box, values, present)
+            if settings.dispersion_correction and settings.method is not Method.LJPME:
+                assert box is not None
+                # Every offset counts here, at the declared defaults.
+                _, tail_sigma, tail_epsilon = self._offset(
+                    "particle_offset", particle, values, self.global_defaults, replaced=True
+                )
+                tail = pair_forms.dispersion_tail(
+                    tail_sigma, tail_epsilon, settings.cutoff, values.get("switching_distance")
+                )
+                energy = energy + tail / volume(box)
+        if settings.method.ewald:
+            assert box is not None
+            energy = energy + self._reciprocal(positions, box, charge, sigma, epsilon)
+            if settings.include_direct:
+                energy = energy - self._excluded_reciprocal(positions, box, charge, sigma, epsilon)
+        return energy
+
+    def _offset(
+        self,
+        kind: str,
+        base: list[Tensor],
+        values: Mapping[str, Tensor],
+        present: Tensor,
+        *,
+        replaced: bool = False,
+    ) -> list[Tensor]:
+        """Add the offsets to charge (product), sigma and epsilon."""
+        target = self._buffers.get(f"{kind}_target")
+        if target is None:
+            return base
+        parameter, active = self._buffers[f"{kind}_parameter"], self._buffers[f"{kind}_active"]
+        assert parameter is not None and active is not None
+        factor = present[parameter]
+        if not replaced:
+            factor = torch.where(active, factor, 0.0)
+        scales = [value for name, value in values.items() if name.startswith(f"{kind}_")]
+        return [
+            quantity.index_add(0, target, factor * scale)
+            for quantity, scale in zip(base, scales, strict=True)
+        ]
+
+    def _direct(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        charge: Tensor,
+        sigma: Tensor,
+        epsilon: Tensor,
+        values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Pairs within the cutoff that are not exceptions."""
+        settings = self.settings
+        pairs: Pairs
+        if settings.method is Method.NO_CUTOFF:
+            pairs = all_pairs(positions.shape[1], self.excluded)
+        else:
+            pairs = neighbor_pairs(
+                positions, box, cutoff=settings.cutoff, excluded=self.excluded
+            )
+        i, j = pairs.first, pairs.second
+        vectors = pairs.displacements(positions, box)
+        r2 = (vectors * vectors).sum(dim=-1)
+        qq = charge[i] * charge[j]
+        root = pair_forms.root_epsilon(epsilon)
+        s, e = 0.5 * (sigma[i] + sigma[j]), root[i] * root[j]
+
+        lj = pair_forms.lennard_jones(r2, s, e)
+        if settings.method is Method.NO_CUTOFF:
+            return pairs.sum(lj + pair_forms.coulomb(r2, qq), positions.shape[0])
+        if settings.method is Method.LJPME:
+            c6 = 2 * root * sigma**3
+            lj = lj + pair_forms.ljpme_direct(
+                r2, c6[i] * c6[j], s, e, settings.dispersion_alpha, settings.cutoff
+            )
+        elif "switching_distance" in values:
+            distance = torch.sqrt(r2)
+            lj = lj * pair_forms.switch(distance, values["switching_distance"], settings.cutoff)
+        if settings.method.ewald:
+            electrostatic = pair_forms.ewald_direct(r2, qq, settings.alpha)
+        else:
+            electrostatic = pair_forms.reaction_field(
+                r2, qq, settings.cutoff, values["reaction_field_dielectric"]
+            )
+        within = r2 < settings.cutoff**2
+        return pairs.sum(torch.where(within, lj + electrostatic, 0.0), positions.shape[0])
+
+    def _exceptions(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, Tensor],
+        present: Tensor,
+    ) -> Tensor:
+        """Pairs with parameters of their own; plain Coulomb and Lennard-Jones in every method."""
+        qq, sigma, epsilon = self._offset(
+            "exception_offset", [values[name] for name in _EXCEPTION], values, present
+        )
+        r2 = self._exception_r2(positions, box)
+        # An excluded pair adds nothing, whatever its distance: keep 0 * infinity out of the graph.
+        excluded = (qq == 0) & (epsilon == 0)
+        coincident = excluded & (r2 == 0)
+        overflow = excluded & (r2 <= 1e-6 * sigma * sigma)
+        coulomb = pair_forms.coulomb(torch.where(coincident, 1.0, r2), qq)
+        lj = pair_forms.lennard_jones(torch.where(overflow | coincident, 1.0, r2), sigma, epsilon)
+        energy = torch.where(coincident, 0.0, coulomb) + torch.where(
+            overflow | coincident, 0.0, lj
+        )
+        return energy.sum(dim=-1)
+
+    def _exception_r2(self, positions: Tensor, box: Tensor | None) -> Tensor:
+        """Squared distances of the exceptions ``(frames, exceptions)``."""
+        cell = box if self.settings.exceptions_periodic else None
+        vectors = displacement(positions, cell, *self.exceptions.unbind(-1))
+        return (vectors * vectors).sum(dim=-1)
+
+    def _reciprocal(
+        self, positions: Tensor, box: Tensor, charge: Tensor, sigma: Tensor, epsilon: Tensor
+    ) -> Tensor:
+        """Reciprocal-space sums with self-interaction and neutralising background."""
+        settings = self.settings
+        alpha = settings.alpha
+        own = -COULOMB * alpha / math.sqrt(math.pi) * (charge * charge).sum()
+        background = -0.5 * math.pi * COULOMB / alpha**2 * charge.sum() ** 2 / volume(box)
+        energy = own + background
+        if settings.method is Method.EWALD:
+            return energy + ewald_reciprocal(
+                positions, charge, box, alpha=alpha, kmax=settings.kmax
+            )
+        energy = energy + pme_coulomb(positions, charge, box, alpha=alpha, grid=settings.grid)
+        if settings.method is Method.LJPME:
+            c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
+            beta = settings.dispersion_alpha
+            mesh = pme_dispersion(positions, c6, box, alpha=beta, grid=settings.dispersion_grid)
+            energy = energy + mesh + beta**6 / 12 * (c6 * c6).sum()
+        return energy
+
+    def _excluded_reciprocal(
+        self, positions: Tensor, box: Tensor, charge: Tensor, sigma: Tensor, epsilon: Tensor
+    ) -> Tensor:
+        """What the reciprocal sums hold of the exceptions, which must not interact there."""
+        settings = self.settings
+        i, j = self.exceptions.unbind(-1)
+        r2 = self._exception_r2(positions, box)
+        screened = settings.alpha * erf_over_root(settings.alpha**2 * r2)
+        energy = COULOMB * charge[i] * charge[j] * screened
+        if settings.method is Method.LJPME:
+            c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
+            energy = energy - pair_forms.ljpme_mesh_share(
+                r2, c6[i] * c6[j], settings.dispersion_alpha
+            )
+        return energy.sum(dim=-1)

@@ -1,0 +1,132 @@
+"""Pair energies as functions of the squared distance, and the long-range dispersion tail."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdgraft._units import COULOMB
+from mdgraft.kernels.special import dispersion_damping
+
+
+def root_epsilon(epsilon: Tensor) -> Tensor:
+    """Square root of well depths, with derivative 0 at 0.
+
+    The true derivative there is infinite: the Lorentz-Berthelot rule has a square root.
+    """
+    zero = epsilon == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, epsilon)))
+
+
+def lennard_jones(r_squared: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:
+    """4 epsilon [(sigma/r)^12 - (sigma/r)^6] [kJ/mol]."""
+    x = (sigma * sigma / r_squared) ** 3
+    return 4 * epsilon * x * (x - 1)
+
+
+def coulomb(r_squared: Tensor, charge_product: Tensor) -> Tensor:
+    """q q' / (4 pi eps0 r) [kJ/mol]."""
+    return COULOMB * charge_product * torch.rsqrt(r_squared)
+
+
+def reaction_field(
+    r_squared: Tensor, charge_product: Tensor, cutoff: float, dielectric: Tensor
+) -> Tensor:
+    """q q' / (4 pi eps0) (1/r + k_rf r^2 - c_rf), zero at the cutoff.
+
+    Tironi et al., J. Chem. Phys. 102, 5451 (1995).
+    """
+    k_rf = (dielectric - 1) / (2 * dielectric + 1) / cutoff**3
+    c_rf = 3 * dielectric / (2 * dielectric + 1) / cutoff
+    return COULOMB * charge_product * (torch.rsqrt(r_squared) + k_rf * r_squared - c_rf)
+
+
+def ewald_direct(r_squared: Tensor, charge_product: Tensor, alpha: float) -> Tensor:
+    """q q' erfc(alpha r) / (4 pi eps0 r)."""
+    r = torch.sqrt(r_squared)
+    return COULOMB * charge_product * torch.erfc(alpha * r) / r
+
+
+def switch(r: Tensor, switching_distance: Tensor, cutoff: float) -> Tensor:
+    """S = 1 - 10 t^3 + 15 t^4 - 6 t^5 with t = (r - r_switch)/(r_cutoff - r_switch), 1 before."""
+    t = ((r - switching_distance) / (cutoff - switching_distance)).clamp(min=0)
+    return 1 - t * t * t * (10 - t * (15 - 6 * t))
+
+
+def ljpme_direct(
+    r_squared: Tensor, c6_product: Tensor, sigma: Tensor, epsilon: Tensor, alpha: float, cutoff: float
+) -> Tensor:
+    """What LJPME adds to a direct-space Lennard-Jones pair.
+
+    The mesh attracts all pairs with geometric C6: its share is taken back, and a constant shift
+    makes up for the step between Lorentz-Berthelot and geometric dispersion at the cutoff.
+    """
+    c2 = torch.as_tensor(cutoff**2, dtype=r_squared.dtype, device=r_squared.device)
+    at_cutoff = lennard_jones(c2, sigma, epsilon) + ljpme_mesh_share(c2, c6_product, alpha)
+    return ljpme_mesh_share(r_squared, c6_product, alpha) - at_cutoff
+
+
+def ljpme_mesh_share(r_squared: Tensor, c6_product: Tensor, alpha: float) -> Tensor:
+    """C6 [1 - exp(-x)(1 + x + x^2/2)] / r^6 with x = (alpha r)^2, minus the energy on the mesh."""
+    return c6_product * alpha**6 * dispersion_damping(alpha**2 * r_squared)
+
+
+def dispersion_tail(
+    sigma: Tensor, epsilon: Tensor, cutoff: float, switching_distance: Tensor | None
+) -> Tensor:
+    """Long-range correction of a switched or truncated Lennard-Jones fluid, times the volume.
+
+    Shirts et al., J. Phys. Chem. B 111, 13052 (2007), averaged over all pairs i <= j, self pairs
+    included, as OpenMM does. The sum over pairs of ((s_i + s_j)/2)^n sqrt(e_i e_j) is expanded
+    binomially, so the cost is linear in particles and every derivative is exact.
+
+    Parameters
+    ----------
+    sigma, epsilon
+        ``(N,)`` [nm], [kJ/mol].
+    cutoff
+        [nm].
+    switching_distance
+        ``()`` [nm], or None without switching.
+
+    Returns
+    -------
+    Tensor
+        ``()`` [kJ/mol nm^3].
+    """
+    n = sigma.shape[0]
+    root = root_epsilon(epsilon)
+
+    def pair_average(power: int) -> Tensor:
+        moments = [(root * sigma**k).sum() for k in range(power + 1)]
+        cross = torch.stack(
+            [math.comb(power, k) * moments[k] * moments[power - k] for k in range(power + 1)]
+        ).sum()
+        return (cross / 2**power + (root * root * sigma**power).sum()) / (n * (n + 1))
+
+    def integral(power: int) -> Tensor:
+        """Integral of r^(2 - power) times what the switch removes, from r_switch to infinity."""
+        beyond = torch.as_tensor(
+            cutoff ** (3 - power) / (power - 3), dtype=sigma.dtype, device=sigma.device
+        )
+        if switching_distance is None:
+            return beyond
+        nodes, weights = (torch.as_tensor(a).to(sigma) for a in _QUADRATURE)
+        width = cutoff - switching_distance
+        r = switching_distance + width * nodes
+        removed = 1 - switch(r, switching_distance, cutoff)
+        return beyond + width * (weights * r ** (2 - power) * removed).sum()
+
+    attraction = pair_average(6) * integral(6)
+    return 8 * math.pi * n * n * (pair_average(12) * integral(12) - attraction)
+
+
+def _unit_interval_quadrature(order: int) -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(order)
+    return 0.5 * (nodes + 1), 0.5 * weights
+
+
+_QUADRATURE = _unit_interval_quadrature(96)

@@ -1,0 +1,300 @@
+"""The potential: a named sum of terms."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdgraft._errors import InvalidInputError
+from mdgraft._types import BoxLike, PositionsLike
+from mdgraft.potentials._inputs import as_frames, check_frames
+from mdgraft.potentials.term import AbstractTerm
+from mdgraft.potentials.ties import Ties
+
+
+class _Globals(nn.Module):
+    """Scalars that terms share by name, as the host's global parameters are."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in values.items():
+            # Hosts allow names that nn.Module reserves, such as "training".
+            self._parameters[name] = nn.Parameter(value)
+
+
+class Potential(nn.Module):
+    """Potential energy as a differentiable function of positions, box and parameters.
+
+    A named sum of terms, one for each force of the host. Parameters appear in
+    `named_parameters` as ``<term>.<name>``, global ones as ``globals.<name>``, tied ones as
+    ``tied.<label>``. Energies are in kJ/mol, lengths in nm. Batches of frames, derivatives of
+    every order, ``torch.func`` transforms, ``to`` and ``state_dict`` work as for any module.
+
+    Parameters
+    ----------
+    terms
+        Energy terms by name.
+    n_particles
+        Number of particles N, virtual sites included.
+    global_parameters
+        Initial values of the global parameters by name, each of shape ``()``.
+    sites
+        A module that maps ``(positions, box)`` to positions in which virtual sites are placed by
+        their parents; None when there are none.
+    routes
+        How each term is evaluated, ``"native"`` or ``"host"``.
+    """
+
+    #: ``{"NonbondedForce": "native", ...}``: how each term is evaluated.
+    routes: dict[str, str]
+    #: ``{"NonbondedForce.charge": "elementary charge", ...}``: the unit of each parameter.
+    units: dict[str, str]
+
+    def __init__(
+        self,
+        terms: Mapping[str, AbstractTerm],
+        *,
+        n_particles: int,
+        global_parameters: Mapping[str, Tensor] | None = None,
+        sites: nn.Module | None = None,
+        routes: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_particles = n_particles
+        self.term_names = tuple(terms)
+        for name, term in terms.items():
+            # Hosts allow names that are also attributes of a module, such as "forces".
+            self._modules[name] = term
+        self._modules["globals"] = _Globals(global_parameters or {})
+        self._modules["tied"] = Ties()
+        self._modules["sites"] = sites
+        self.routes = dict(routes) if routes else dict.fromkeys(terms, "native")
+        self.units = {
+            f"{name}.{parameter}": unit
+            for name, term in terms.items()
+            for parameter, unit in term.units.items()
+        } | {f"globals.{name}": "dimensionless" for name in global_parameters or {}}
+
+    # Evaluation -------------------------------------------------------------------------------
+
+    def forward(self, positions: PositionsLike, box: BoxLike = None) -> Tensor:
+        """Total energy.
+
+        Parameters
+        ----------
+        positions
+            ``(..., N, 3)`` [nm]. Rows of virtual sites are recomputed from their parents.
+        box
+            ``(..., 3, 3)`` box vectors as rows [nm] in reduced form, broadcast over frames.
+            Required when `periodic`.
+
+        Returns
+        -------
+        Tensor
+            ``(...,)`` [kJ/mol].
+
+        Raises
+        ------
+        InvalidInputError
+            For a wrong shape, NaN, or a box that is missing, too small or not in reduced form.
+        """
+        energies = list(self.energy_by_term(positions, box).values())
+        if energies:
+            return torch.stack(energies).sum(dim=0)
+        frames, _, leading = as_frames(self, positions, box)
+        return frames.new_zeros(leading) + 0.0 * frames.sum(dim=(-2, -1)).reshape(leading)
+
+    def energy_by_term(self, positions: PositionsLike, box: BoxLike = None) -> dict[str, Tensor]:
+        """Energy of each term by name, each ``(...,)`` [kJ/mol]; arguments as in `forward`."""
+        frames, cells, leading = as_frames(self, positions, box)
+        check_frames(frames, cells)
+        if self.sites is not None:
+            frames = self.sites(frames, cells)
+        values = self.values()
+        global_values = {
+            name.removeprefix("globals."): value
+            for name, value in values.items()
+            if name.startswith("globals.")
+        }
+        energies = {}
+        for name in self.term_names:
+            term = self.term(name)
+            own = {key: values[f"{name}.{key}"] for key in term.parameter_values()}
+            energy = term(frames, cells if term.periodic else None, own, global_values)
+            energies[name] = energy.reshape(leading)
+        return energies
+
+    def forces(self, positions: PositionsLike, box: BoxLike = None) -> Tensor:
+        """Forces ``(..., N, 3)`` [kJ/mol/nm], themselves differentiable; zero on virtual sites.
+
+        Under ``torch.no_grad()`` no graph is kept.
+        """
+        frames, cells, leading = as_frames(self, positions, box)
+        gradient: Tensor = torch.func.grad(lambda x: self(x, cells).sum())(frames)
+        return -gradient.reshape(*leading, self.n_particles, 3)
+
+    # Structure --------------------------------------------------------------------------------
+
+    def term(self, name: str) -> AbstractTerm:
+        """The term of this name."""
+        term = self._modules.get(name) if name in self.term_names else None
+        if not isinstance(term, AbstractTerm):
+            raise InvalidInputError(f"name: no term {name!r}; there are {list(self.term_names)}")
+        return term
+
+    @property
+    def periodic(self) -> bool:
+        """Whether a box is needed."""
+        needs_box = bool(getattr(self.sites, "periodic", False))
+        return needs_box or any(self.term(name).periodic for name in self.term_names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which energies are computed."""
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where energies are computed."""
+        return self._like.device
+
+    @property
+    def _like(self) -> Tensor:
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        return torch.empty(0, dtype=torch.float64)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every parameter by name as the terms see it, with ties applied."""
+        values = {
+            f"{name}.{key}": value
+            for name in self.term_names
+            for key, value in self.term(name).parameter_values().items()
+        }
+        shared = self._modules["globals"]
+        assert shared is not None
+        for key, parameter in shared._parameters.items():
+            if parameter is not None:
+                values[f"globals.{key}"] = parameter
+        ties = self._modules["tied"]
+        assert isinstance(ties, Ties)
+        return ties.substitute(values)
+
+    # Selection --------------------------------------------------------------------------------
+
+    def freeze(self, *patterns: str) -> Potential:
+        """Make the parameters that match a shell-style pattern constant.
+
+        ``potential.freeze("*")`` freezes all, ``potential.freeze("NonbondedForce.*")`` one term.
+        Returns the potential itself; raises `InvalidInputError` for a pattern without a match.
+        """
+        return self._set_trainable(patterns, False)
+
+    def unfreeze(self, *patterns: str) -> Potential:
+        """Make the parameters that match a shell-style pattern trainable; see `freeze`."""
+        return self._set_trainable(patterns, True)
+
+    def _set_trainable(self, patterns: Sequence[str], trainable: bool) -> Potential:
+        named = dict(self.named_parameters())
+        for pattern in patterns:
+            matches = fnmatch.filter(named, pattern)
+            if not matches:
+                raise InvalidInputError(
+                    f"patterns: {pattern!r} matches no parameter; there are {sorted(named)}"
+                )
+            for name in matches:
+                named[name].requires_grad_(trainable)
+        return self
+
+    def tie(
+        self, label: str, members: Mapping[str, Any], *, value: float | Tensor | None = None
+    ) -> Potential:
+        """Give many parameter entries one trainable value, ``tied.<label>``.
+
+        Parameters
+        ----------
+        label
+            Name of the new value.
+        members
+            For each parameter name, which entries are tied: ``None`` or ``...`` for all of them, a
+            boolean mask of the parameter's shape, flat indices, or a pair ``(selection,
+            factors)`` when entries are multiples of the value.
+        value
+            The initial value; by default the present value of the entries, which must agree.
+
+        Returns
+        -------
+        Potential
+            Itself. Energies, gradients, `values` and write-back all use the tied value.
+
+        Raises
+        ------
+        InvalidInputError
+            For an unknown name, an entry that is tied already, or entries that differ when no
+            value is given.
+        """
+        current = self.values()
+        resolved: dict[str, tuple[Tensor, Tensor]] = {}
+        unit, present = None, []
+        ties = self._modules["tied"]
+        assert isinstance(ties, Ties)
+        for name, selection in members.items():
+            if name not in current:
+                raise InvalidInputError(
+                    f"members: no parameter {name!r}; there are {sorted(current)}"
+                )
+            index, factor = _selection(name, selection, current[name])
+            owner = ties.owner(name, index)
+            if owner is not None:
+                raise InvalidInputError(
+                    f"members: some entries of {name!r} are already tied as {owner!r}"
+                )
+            resolved[name] = (index, factor)
+            unit = unit or self.units[name]
+            present.append(current[name].detach().reshape(-1)[index] / factor)
+        if not present or not sum(len(entries) for entries in present):
+            raise InvalidInputError("members: no entry is selected")
+        entries = torch.cat(present)
+        if value is None:
+            if not torch.allclose(entries, entries[0].expand_as(entries), rtol=1e-9, atol=0.0):
+                raise InvalidInputError(
+                    f"value: the tied entries differ (from {entries.min().item():g} to "
+                    f"{entries.max().item():g}); pass value= to say what they become"
+                )
+            value = entries[0]
+        initial = torch.as_tensor(value, dtype=entries.dtype, device=entries.device).reshape(())
+        ties.add(label, initial, unit or "", resolved)
+        self.units[f"tied.{label}"] = unit or ""
+        return self
+
+
+def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices and factors of a selection of entries."""
+    factors: Any = 1.0
+    if isinstance(selection, tuple):
+        selection, factors = selection
+    if selection is None or selection is ...:
+        index = torch.arange(values.numel(), device=values.device)
+    else:
+        chosen = torch.as_tensor(selection, device=values.device)
+        if chosen.dtype == torch.bool:
+            if chosen.shape != values.shape:
+                raise InvalidInputError(
+                    f"members[{name!r}]: the mask has shape {tuple(chosen.shape)}, "
+                    f"the parameter {tuple(values.shape)}"
+                )
+            index = chosen.reshape(-1).nonzero().squeeze(-1)
+        else:
+            index = chosen.reshape(-1).long()
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < values.numel():
+        raise InvalidInputError(
+            f"members[{name!r}]: indices reach from {int(index.min())} to {int(index.max())}, "
+            f"the parameter has {values.numel()} entries"
+        )
+    factor = torch.as_tensor(factors, dtype=values.dtype, device=values.device)
+    return index, factor.expand(index.shape).clone()

@@ -1,0 +1,63 @@
+"""The interface of an energy term."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class AbstractTerm(nn.Module, abc.ABC):
+    """One term of a potential: named parameters and an energy for a batch of frames.
+
+    A term holds topology in buffers and numbers that can be trained in parameters. Its `forward`
+    is a pure function of the *values* it is handed, so that a `Potential` can tie, replace or
+    batch them; it must be differentiable to every order in positions, box and values.
+    """
+
+    #: Whether the energy depends on the box.
+    periodic: bool
+
+    def __init__(self, *, periodic: bool = False) -> None:
+        super().__init__()
+        self.periodic = periodic
+        self.units: dict[str, str] = {}
+
+    def add_parameter(self, name: str, value: Tensor, unit: str) -> None:
+        """Register a trainable parameter under the host's name for it."""
+        # nn.Module refuses names such as "type" or "training", which hosts may well use.
+        self._parameters[name] = nn.Parameter(torch.as_tensor(value))
+        self.units[name] = unit
+
+    def parameter_values(self) -> dict[str, Tensor]:
+        """The term's own parameters by name."""
+        return {name: value for name, value in self._parameters.items() if value is not None}
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Energy of each frame.
+
+        Parameters
+        ----------
+        positions
+            ``(frames, N, 3)`` [nm].
+        box
+            ``(frames, 3, 3)`` [nm]; None unless the term is periodic.
+        values
+            This term's parameters by name.
+        global_values
+            The potential's global parameters by name.
+
+        Returns
+        -------
+        Tensor
+            ``(frames,)`` [kJ/mol].
+        """

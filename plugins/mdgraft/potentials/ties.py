@@ -1,0 +1,81 @@
+"""One trainable value for many entries of many parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mdgraft._errors import InvalidInputError
+
+
+class Ties(nn.Module):
+    """Scalars, each of which overrides a chosen set of parameter entries.
+
+    The tied entries become ``factor * scalar``; their own storage keeps its old value and gets
+    zero gradient, so the trainable number is ``tied.<label>`` alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._members: dict[str, tuple[str, ...]] = {}
+        self.units: dict[str, str] = {}
+
+    def add(
+        self, label: str, value: Tensor, unit: str, members: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Add a tie.
+
+        Parameters
+        ----------
+        label
+            Name of the scalar.
+        value
+            Its initial value, shape ``()``.
+        members
+            For each full parameter name, flat indices ``(n,)`` and factors ``(n,)``.
+        """
+        if not label or "." in label or label in self._members:
+            raise InvalidInputError(
+                f"label: got {label!r}; a tie needs a new name without dots, "
+                f"and {sorted(self._members)} are taken"
+            )
+        self._parameters[label] = nn.Parameter(value.detach().clone())
+        self.units[label] = unit
+        self._members[label] = tuple(members)
+        for position, (index, factor) in enumerate(members.values()):
+            self._buffers[f"{label}_index_{position}"] = index
+            self._buffers[f"{label}_factor_{position}"] = factor
+
+    def substitute(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values with tied entries replaced."""
+        values = dict(values)
+        for label, names in self._members.items():
+            scalar = self._parameters[label]
+            for position, name in enumerate(names):
+                index = self._buffers[f"{label}_index_{position}"]
+                factor = self._buffers[f"{label}_factor_{position}"]
+                assert scalar is not None and index is not None and factor is not None
+                flat = values[name].reshape(-1)
+                entries = (scalar * factor).to(flat.dtype)
+                values[name] = flat.index_put((index,), entries).reshape(values[name].shape)
+        return values
+
+    def members(self) -> dict[str, dict[str, Tensor]]:
+        """The flat indices that each tie controls: ``{label: {parameter: (n,)}}``."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for label, names in self._members.items():
+            found[label] = {}
+            for position, name in enumerate(names):
+                index = self._buffers[f"{label}_index_{position}"]
+                assert index is not None
+                found[label][name] = index
+        return found
+
+    def owner(self, name: str, index: Tensor) -> str | None:
+        """The label that already controls one of these entries, if any."""
+        for label, members in self.members().items():
+            if name in members and bool(torch.isin(index, members[name]).any()):
+                return label
+        return None
