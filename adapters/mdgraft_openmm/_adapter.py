@@ -6,9 +6,9 @@ from typing import Any
 
 import openmm
 import torch
-
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
 from mdgraft.potentials import AbstractTerm
+
 from mdgraft_openmm._converter import Host, number
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from torch import Tensor
-
 from mdgraft import InvalidInputError
 from mdgraft.potentials import AbstractTerm
+from torch import Tensor
 
 Values = Mapping[str, np.ndarray]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-
 from mdgraft import ParameterMismatchError, Potential
+
 from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters
 from mdgraft_openmm._converter import Host
 from mdgraft_openmm.forces import CONVERTERS

@@ -40,7 +40,7 @@ def finite_difference(
     levels: int = 9,
     shrink: float = 4.0,
     rtol: float = 1e-10,
-    atol: float = 0.0,
+    atol: float | np.ndarray = 0.0,
 ) -> Difference:
     """Derivative of ``function(t)`` at ``t = 0``, extrapolated to zero step.
 

@@ -59,7 +59,8 @@ def graft(
         for entry in found.values():
             potential: Potential = entry.load()(host_object, dtype=dtype, device=device)
             return potential
+    cls = type(host_object)
     raise UnsupportedHostError(
-        f"host_object: no adapter for {type(host_object).__module__}.{type(host_object).__qualname__}"
+        f"host_object: no adapter for {cls.__module__}.{cls.__qualname__}"
         f"; there are adapters for {sorted({entry.name for entry in available})}"
     )

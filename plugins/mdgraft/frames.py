@@ -77,7 +77,9 @@ class Frames:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Frames:
         """Select frames; an integer must be wrapped in a list or slice."""
         if isinstance(index, int):
-            raise InvalidInputError(f"index: got {index}, wanted a slice or a list such as [{index}]")
+            raise InvalidInputError(
+                f"index: got {index}, wanted a slice or a list such as [{index}]"
+            )
         parts = {name: tensor[index] for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **parts)  # type: ignore[arg-type]
 

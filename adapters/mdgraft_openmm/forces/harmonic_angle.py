@@ -8,8 +8,7 @@ import openmm
 
 from mdgraft import ParameterMismatchError
 from mdgraft.potentials.bonded import HarmonicAngle
-from mdgraft_openmm._converter import AbstractConverter, Host, Values, column
-from mdgraft_openmm._particles import particles
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
 
 
 class HarmonicAngleConverter(AbstractConverter):
@@ -17,9 +16,10 @@ class HarmonicAngleConverter(AbstractConverter):
 
     def read(self, force: openmm.HarmonicAngleForce, host: Host) -> HarmonicAngle:
         """Build the term."""
+        n = host.system.getNumParticles()
         rows = [force.getAngleParameters(i) for i in range(force.getNumAngles())]
         return HarmonicAngle(
-            particles(force, host, rows, 0, 1, 2),
+            checked_indices(force.getName(), rows, 0, 1, 2, n_particles=n),
             angle=column(rows, 3),
             k=column(rows, 4),
             periodic=force.usesPeriodicBoundaryConditions(),
@@ -27,14 +27,17 @@ class HarmonicAngleConverter(AbstractConverter):
 
     def write(self, values: Values, force: openmm.HarmonicAngleForce) -> None:
         """Set angles and force constants."""
-        angles = values["angle"]
-        for i in range(force.getNumAngles()):
-            # A Context refuses others, with the same slack.
-            if not 0.0 <= angles[i] <= 1.000001 * math.pi:
-                raise ParameterMismatchError(
-                    f"angle: entry {i} is {angles[i]:g} radian, but a HarmonicAngleForce takes "
-                    "angles from 0 to pi; constrain the fit or fold the angle back"
-                )
         for i in range(force.getNumAngles()):
             p1, p2, p3, _, _ = force.getAngleParameters(i)
-            force.setAngleParameters(i, p1, p2, p3, angles[i], values["k"][i])
+            force.setAngleParameters(i, p1, p2, p3, values["angle"][i], values["k"][i])
+
+    def check(self, values: Values, force: openmm.HarmonicAngleForce) -> None:
+        """Refuse angles that no Context accepts."""
+        # The slack is OpenMM's own.
+        outside = (values["angle"] < 0.0) | (values["angle"] > 1.000001 * math.pi)
+        if outside.any():
+            i = int(outside.argmax())
+            raise ParameterMismatchError(
+                f"{force.getName()}.angle: entry {i} is {values['angle'][i]:g} radian; OpenMM "
+                "accepts only angles from 0 to pi. Clamp it before writing"
+            )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import openmm
-
 from mdgraft.potentials.bonded import HarmonicBond
+
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
 
 

@@ -7,9 +7,9 @@ import math
 
 import openmm
 import torch
-
 from mdgraft import InvalidInputError, ParameterMismatchError
 from mdgraft.potentials.nonbonded import Method, Nonbonded, NonbondedSettings, Offsets
+
 from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,
@@ -233,7 +233,7 @@ def _ewald_parameters(
 
     def excess(k: int, length: float) -> float:
         x = k * math.pi / (length * alpha)
-        return 0.05 * math.sqrt(length * alpha) * k * math.exp(-x * x) - tolerance
+        return 0.05 * math.sqrt(length * alpha) * k * math.exp(-x * x) - float(tolerance)
 
     counts = []
     for length in _box_lengths(host):
@@ -258,10 +258,13 @@ def _pme_parameters(
     (half as many for dispersion), at least 6.
     """
     if host.context is not None:
-        get = (
-            force.getLJPMEParametersInContext if dispersion else force.getPMEParametersInContext
-        )
-        alpha, *grid = get(host.context)
+        get = force.getLJPMEParametersInContext if dispersion else force.getPMEParametersInContext
+        try:
+            alpha, *grid = get(host.context)
+        except openmm.OpenMMException:
+            # The CPU platform sets its mesh up when it first computes an energy.
+            host.context.getState(energy=True)
+            alpha, *grid = get(host.context)
         return number(alpha), (int(grid[0]), int(grid[1]), int(grid[2]))
     alpha, *grid = force.getLJPMEParameters() if dispersion else force.getPMEParameters()
     alpha = number(alpha)

@@ -6,8 +6,14 @@ import openmm
 
 from mdgraft import InvalidInputError
 from mdgraft.potentials.bonded import PeriodicTorsion
-from mdgraft_openmm._converter import AbstractConverter, Host, Values, column, indices
-from mdgraft_openmm._particles import particles
+from mdgraft_openmm._converter import (
+    AbstractConverter,
+    Host,
+    Values,
+    checked_indices,
+    column,
+    indices,
+)
 
 
 class PeriodicTorsionConverter(AbstractConverter):
@@ -21,6 +27,7 @@ class PeriodicTorsionConverter(AbstractConverter):
         InvalidInputError
             For a periodicity below one, which no Context accepts, or a particle out of range.
         """
+        n = host.system.getNumParticles()
         rows = [force.getTorsionParameters(i) for i in range(force.getNumTorsions())]
         periodicity = indices(rows, 4).squeeze(-1)
         for i in (periodicity < 1).nonzero().squeeze(-1).tolist():
@@ -29,7 +36,7 @@ class PeriodicTorsionConverter(AbstractConverter):
                 f"{int(periodicity[i])}, wanted at least 1"
             )
         return PeriodicTorsion(
-            particles(force, host, rows, 0, 1, 2, 3),
+            checked_indices(force.getName(), rows, 0, 1, 2, 3, n_particles=n),
             periodicity=periodicity,
             phase=column(rows, 5),
             k=column(rows, 6),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import openmm
 
 from mdgraft.potentials.bonded import RBTorsion
-from mdgraft_openmm._converter import AbstractConverter, Host, Values, column
-from mdgraft_openmm._particles import particles
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
 
 _COEFFICIENTS = ("c0", "c1", "c2", "c3", "c4", "c5")
 
@@ -16,9 +15,10 @@ class RBTorsionConverter(AbstractConverter):
 
     def read(self, force: openmm.RBTorsionForce, host: Host) -> RBTorsion:
         """Build the term."""
+        n = host.system.getNumParticles()
         rows = [force.getTorsionParameters(i) for i in range(force.getNumTorsions())]
         return RBTorsion(
-            particles(force, host, rows, 0, 1, 2, 3),
+            checked_indices(force.getName(), rows, 0, 1, 2, 3, n_particles=n),
             *(column(rows, 4 + n) for n in range(len(_COEFFICIENTS))),
             periodic=force.usesPeriodicBoundaryConditions(),
         )

@@ -126,7 +126,8 @@ class _AbstractGroup(nn.Module, abc.ABC):
 
 
 def _combined(positions: Tensor, parents: Tensor, weights: Tensor) -> Tensor:
-    return (positions[:, parents] * weights.unsqueeze(-1)).sum(dim=-2)
+    combined: Tensor = (positions[:, parents] * weights.unsqueeze(-1)).sum(dim=-2)
+    return combined
 
 
 class _Average(_AbstractGroup):
@@ -151,7 +152,8 @@ class _OutOfPlane(_AbstractGroup):
         first, second, third = positions[:, self.parents].unbind(dim=-2)
         r12, r13 = second - first, third - first
         w12, w13, w_cross = self.weights.unsqueeze(-1).unbind(dim=-2)
-        return first + w12 * r12 + w13 * r13 + w_cross * torch.linalg.cross(r12, r13)
+        place: Tensor = first + w12 * r12 + w13 * r13 + w_cross * torch.linalg.cross(r12, r13)
+        return place
 
 
 class _LocalCoordinates(_AbstractGroup):

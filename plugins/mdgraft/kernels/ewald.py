@@ -14,10 +14,10 @@ from mdgraft.kernels.periodic import reciprocal, volume
 def ewald_reciprocal(
     positions: Tensor, charges: Tensor, box: Tensor, *, alpha: float, kmax: tuple[int, int, int]
 ) -> Tensor:
-    """Reciprocal-space Coulomb energy.
+    r"""Reciprocal-space Coulomb energy.
 
     E = (2 pi / (4 pi eps0 V)) sum_{k != 0} exp(-k^2 / (4 alpha^2)) / k^2 |S(k)|^2 with
-    k = 2 pi (m_x, m_y, m_z) in fractional coordinates and \\|m_d\\| < kmax_d.
+    k = 2 pi (m_x, m_y, m_z) in fractional coordinates and |m_d| < kmax_d.
 
     Parameters
     ----------
@@ -50,7 +50,9 @@ def ewald_reciprocal(
     ]
     plane = (phase[1].unsqueeze(-1) * phase[2].unsqueeze(-2)).flatten(-2)
     weighted = (phase[0] * charges.unsqueeze(-1)).transpose(-1, -2)
-    structure = (weighted @ plane).unflatten(-1, (len(index[1]), len(index[2])))
+    structure = (weighted @ plane).reshape(
+        *weighted.shape[:-1], len(index[1]), len(index[2])
+    )
 
     m = torch.stack(torch.meshgrid(*index, indexing="ij"), dim=-1)
     k = 2 * math.pi * (m @ to_fractional.transpose(-1, -2)[:, None, None])
@@ -61,4 +63,5 @@ def ewald_reciprocal(
     influence = weight * torch.exp(-k_squared / (4 * alpha**2)) / k_squared
     power = structure.real**2 + structure.imag**2
     total = (influence * power).sum(dim=(-3, -2, -1))
-    return 2 * math.pi * COULOMB / volume(box) * total
+    result: Tensor = 2 * math.pi * COULOMB / volume(box) * total
+    return result

@@ -30,7 +30,8 @@ class _Observe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, ...]:
-        return (None,) * ctx.n_inputs
+        n_inputs: int = ctx.n_inputs
+        return (None,) * n_inputs
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> None:
@@ -53,7 +54,7 @@ class _Observe(torch.autograd.Function):
                 batched = tensor.movedim(dim, 0)
             n_frames = batched.shape[1]
             merged.append(batched.reshape(-1, *batched.shape[2:]))
-        return fold(_Observe.apply(function, fold, *merged), n_frames), None
+        return fold(observe(function, fold, *merged), n_frames), None
 
 
 def observe(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:
@@ -68,5 +69,5 @@ def observe(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Te
     tensors
         Tensors of shape ``(frames, ...)``.
     """
-    result: Tensor = _Observe.apply(function, fold, *tensors)
+    result: Tensor = _Observe.apply(function, fold, *tensors)  # type: ignore[no-untyped-call]
     return result

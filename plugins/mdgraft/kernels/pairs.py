@@ -73,7 +73,8 @@ def _without(first: Tensor, second: Tensor, n_particles: int, excluded: Tensor) 
 def exclusion_keys(pairs: Tensor, n_particles: int) -> Tensor:
     """Sorted keys of excluded pairs ``(exclusions, 2)`` for the functions of this module."""
     lower, upper = pairs.min(dim=-1).values, pairs.max(dim=-1).values
-    return torch.unique(lower * n_particles + upper)
+    result: Tensor = torch.unique(lower * n_particles + upper)
+    return result
 
 
 def all_pairs(n_particles: int, excluded: Tensor) -> Pairs:
@@ -118,15 +119,14 @@ def neighbor_pairs(
             i, j = _within(frames[0][f].cpu().double().numpy(), cell, cutoff)
             first, second = torch.from_numpy(i), torch.from_numpy(j)
             keep = _without(first, second, n_particles, excluded.cpu())
-            lists.append(
-                torch.stack([torch.full_like(first[keep], f), first[keep], second[keep]])
-            )
+            lists.append(torch.stack([torch.full_like(first[keep], f), first[keep], second[keep]]))
         return torch.cat(lists, dim=1).to(frames[0].device)
 
     def union(triples: Tensor, n_frames: int) -> Tensor:
         folded = torch.stack([triples[0] % n_frames, triples[1], triples[2]])
         folded[1:] = torch.sort(folded[1:], dim=0).values
-        return torch.unique(folded, dim=1)
+        result: Tensor = torch.unique(folded, dim=1)
+        return result
 
     observed = (positions,) if box is None else (positions, box)
     frame, first, second = observe(build, union, *observed)

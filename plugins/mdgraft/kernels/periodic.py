@@ -39,7 +39,8 @@ def minimum_image(displacement: Tensor, box: Tensor) -> Tensor:
 def volume(box: Tensor) -> Tensor:
     """Volume of boxes ``(..., 3, 3)`` [nm] -> ``(...,)`` [nm^3]."""
     a, b, c = box.unbind(dim=-2)
-    return (a * torch.linalg.cross(b, c)).sum(dim=-1)
+    result: Tensor = (a * torch.linalg.cross(b, c)).sum(dim=-1)
+    return result
 
 
 def reciprocal(box: Tensor) -> Tensor:

@@ -39,10 +39,8 @@ def _moduli(n: int) -> Tensor:
     """Squared moduli of the discrete Fourier transform of the spline, ``(n,)``."""
     knots = torch.zeros(max(n, ORDER), dtype=torch.float64)
     knots[:ORDER] = _spline(torch.zeros((), dtype=torch.float64))
-    wrapped = torch.zeros(n, dtype=torch.float64).index_add(
-        0, torch.arange(len(knots)) % n, knots
-    )
-    moduli = torch.fft.fft(wrapped).abs() ** 2
+    wrapped = torch.zeros(n, dtype=torch.float64).index_add(0, torch.arange(len(knots)) % n, knots)
+    moduli: Tensor = torch.fft.fft(wrapped).abs() ** 2
     # An odd order vanishes at the Nyquist frequency of an even grid: interpolate there.
     for i in range(n):
         if moduli[i] < 1e-7:
@@ -50,7 +48,9 @@ def _moduli(n: int) -> Tensor:
     return moduli
 
 
-def _spectrum(positions: Tensor, charges: Tensor, box: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def _spectrum(
+    positions: Tensor, charges: Tensor, box: Tensor, grid: tuple[int, int, int]
+) -> Tensor:
     """|FFT|^2 of the charges spread on the grid: ``(frames, *grid)``."""
     n_frames = positions.shape[0]
     size = torch.tensor(grid, device=positions.device)
@@ -58,30 +58,31 @@ def _spectrum(positions: Tensor, charges: Tensor, box: Tensor, grid: tuple[int, 
     scaled = (fractional - torch.floor(fractional.detach())) * size
     cell = torch.floor(scaled.detach())
     weights = _spline(scaled - cell)
-    index = (cell.long().unsqueeze(-1) + torch.arange(ORDER, device=positions.device)) % size[:, None]
+    index = (cell.long().unsqueeze(-1) + torch.arange(ORDER, device=positions.device)) % size[
+        :, None
+    ]
 
     x, y, z = index.unbind(dim=-2)
     frame = torch.arange(n_frames, device=positions.device).reshape(-1, 1, 1, 1, 1)
     flat = (frame * grid[0] + x[..., :, None, None]) * grid[1] + y[..., None, :, None]
     flat = flat * grid[2] + z[..., None, None, :]
     wx, wy, wz = weights.unbind(dim=-2)
-    spread = (
-        (charges.unsqueeze(-1) * wx)[..., :, None, None] * wy[..., None, :, None]
-    ) * wz[..., None, None, :]
+    spread = ((charges.unsqueeze(-1) * wx)[..., :, None, None] * wy[..., None, :, None]) * wz[
+        ..., None, None, :
+    ]
 
     density = torch.zeros(
         n_frames * math.prod(grid), dtype=spread.dtype, device=spread.device
     ).index_add(0, flat.reshape(-1), spread.reshape(-1))
     transform = torch.fft.fftn(density.reshape(n_frames, *grid), dim=(-3, -2, -1))
-    return transform.real**2 + transform.imag**2
+    result: Tensor = transform.real**2 + transform.imag**2
+    return result
 
 
 def _frequencies(box: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Squared reciprocal vectors m^2 ``(frames, *grid)`` and the product of spline moduli."""
     # OpenMM assigns the Nyquist frequency of an even grid to -n/2, as fftfreq does.
-    index = [
-        torch.fft.fftfreq(n, 1 / n, dtype=box.dtype, device=box.device) for n in grid
-    ]
+    index = [torch.fft.fftfreq(n, 1 / n, dtype=box.dtype, device=box.device) for n in grid]
     m = torch.stack(torch.meshgrid(*index, indexing="ij"), dim=-1)
     vectors = m @ reciprocal(box).transpose(-1, -2)[:, None, None]
     bx, by, bz = (_moduli(n).to(box) for n in grid)
@@ -152,4 +153,5 @@ def pme_dispersion(
         alpha**3 - 2 * alpha * math.pi**2 * m_squared
     )
     total = (influence / moduli * _spectrum(positions, c6, box, grid)).sum(dim=(-3, -2, -1))
-    return -(math.pi**1.5) / (6 * volume(box)) * total
+    result: Tensor = -(math.pi**1.5) / (6 * volume(box)) * total
+    return result

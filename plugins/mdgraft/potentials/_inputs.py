@@ -53,7 +53,9 @@ def as_frames(
 
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     try:
-        tensor = torch.as_tensor(plain(value), device=None if torch.is_tensor(value) else like.device)
+        tensor = torch.as_tensor(
+            plain(value), device=None if torch.is_tensor(value) else like.device
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"{name}: cannot be read as numbers in nm ({error})") from error
     if tensor.device != like.device:

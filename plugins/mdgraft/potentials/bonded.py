@@ -84,9 +84,7 @@ class HarmonicAngle(AbstractTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        squared = geometry.squared_angle_deviation(
-            positions, box, *self.particles.unbind(-1), reference=values["angle"]
-        )
+        squared = geometry.squared_angle_deviation(positions, box, self.particles, values["angle"])
         return (0.5 * values["k"] * squared).sum(dim=-1)
 
 

@@ -24,7 +24,8 @@ def spline_slopes(size: int) -> Tensor:
     """
     identity = torch.eye(size, dtype=torch.float64)
     after, before = identity.roll(1, dims=1), identity.roll(-1, dims=1)
-    return torch.linalg.solve(before + 4.0 * identity + after, 3.0 * (after - before))
+    slopes: Tensor = torch.linalg.solve(before + 4.0 * identity + after, 3.0 * (after - before))
+    return slopes
 
 
 def hermite(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class CMAPTorsion(AbstractTerm):
         corners, weights = [], []
         for particles in (self.particles[:, :4], self.particles[:, 4:]):
             phi = geometry.dihedral(positions, box, *particles.unbind(-1))
-            place = torch.remainder(phi, 2.0 * math.pi) * (self.size / (2.0 * math.pi))
+            place = torch.remainder(phi, 2.0 * math.pi) / (2.0 * math.pi) * self.size
             cell = torch.minimum(torch.floor(place.detach()).long(), self.size - 1)
             corners.append(torch.stack([cell, (cell + 1) % self.size], dim=-1))
             weights.append(torch.stack(hermite(place - cell), dim=-2))

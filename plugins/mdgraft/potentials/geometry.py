@@ -41,7 +41,7 @@ def rescaled(vectors: Tensor) -> Tensor:
 
 
 def direction(vectors: Tensor) -> Tensor:
-    """Unit vectors ``(..., 3)``; where a vector is zero, it and its derivatives stay zero."""
+    """Scale vectors ``(..., 3)`` to unit length; those that are zero have zero derivatives."""
     vectors = rescaled(vectors)
     length = safe_norm(vectors).unsqueeze(-1)
     zero = length == 0
@@ -77,15 +77,15 @@ def angle(positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor
 
 
 def squared_angle_deviation(
-    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor, reference: Tensor
+    positions: Tensor, box: Tensor | None, particles: Tensor, reference: Tensor
 ) -> Tensor:
     """``(angle - reference)**2`` ``(frames, n)`` [radian^2], smooth wherever it can be.
 
     For a straight angle whose reference is straight as well, the square is smooth although the
     angle is not, and its second derivative is the bending stiffness. For any other reference the
-    square keeps a cusp, whose derivative is taken as zero.
+    square keeps a cusp, whose derivative is taken as zero. Particle indices are ``(n, 3)``.
     """
-    cross, dot = _sine_and_cosine(positions, box, i, j, k)
+    cross, dot = _sine_and_cosine(positions, box, *particles.unbind(-1))
     sine = safe_norm(cross)
     theta = polar_angle(sine, dot, 0.0)
     straight = sine == 0

@@ -265,9 +265,7 @@ class Nonbonded(AbstractTerm):
         if settings.method is Method.NO_CUTOFF:
             pairs = all_pairs(positions.shape[1], self.excluded)
         else:
-            pairs = neighbor_pairs(
-                positions, box, cutoff=settings.cutoff, excluded=self.excluded
-            )
+            pairs = neighbor_pairs(positions, box, cutoff=settings.cutoff, excluded=self.excluded)
         i, j = pairs.first, pairs.second
         vectors = pairs.displacements(positions, box)
         r2 = (vectors * vectors).sum(dim=-1)
@@ -313,9 +311,7 @@ class Nonbonded(AbstractTerm):
         overflow = excluded & (r2 <= 1e-6 * sigma * sigma)
         coulomb = pair_forms.coulomb(torch.where(coincident, 1.0, r2), qq)
         lj = pair_forms.lennard_jones(torch.where(overflow | coincident, 1.0, r2), sigma, epsilon)
-        energy = torch.where(coincident, 0.0, coulomb) + torch.where(
-            overflow | coincident, 0.0, lj
-        )
+        energy = torch.where(coincident, 0.0, coulomb) + torch.where(overflow | coincident, 0.0, lj)
         return energy.sum(dim=-1)
 
     def _exception_r2(self, positions: Tensor, box: Tensor | None) -> Tensor:

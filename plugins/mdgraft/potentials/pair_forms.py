@@ -28,14 +28,14 @@ def lennard_jones(r_squared: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:
 
 
 def coulomb(r_squared: Tensor, charge_product: Tensor) -> Tensor:
-    """q q' / (4 pi eps0 r) [kJ/mol]."""
+    """Q q' / (4 pi eps0 r) [kJ/mol]."""
     return COULOMB * charge_product * torch.rsqrt(r_squared)
 
 
 def reaction_field(
     r_squared: Tensor, charge_product: Tensor, cutoff: float, dielectric: Tensor
 ) -> Tensor:
-    """q q' / (4 pi eps0) (1/r + k_rf r^2 - c_rf), zero at the cutoff.
+    """Q q' / (4 pi eps0) (1/r + k_rf r^2 - c_rf), zero at the cutoff.
 
     Tironi et al., J. Chem. Phys. 102, 5451 (1995).
     """
@@ -45,7 +45,7 @@ def reaction_field(
 
 
 def ewald_direct(r_squared: Tensor, charge_product: Tensor, alpha: float) -> Tensor:
-    """q q' erfc(alpha r) / (4 pi eps0 r)."""
+    """Q q' erfc(alpha r) / (4 pi eps0 r)."""
     r = torch.sqrt(r_squared)
     return COULOMB * charge_product * torch.erfc(alpha * r) / r
 
@@ -57,7 +57,12 @@ def switch(r: Tensor, switching_distance: Tensor, cutoff: float) -> Tensor:
 
 
 def ljpme_direct(
-    r_squared: Tensor, c6_product: Tensor, sigma: Tensor, epsilon: Tensor, alpha: float, cutoff: float
+    r_squared: Tensor,
+    c6_product: Tensor,
+    sigma: Tensor,
+    epsilon: Tensor,
+    alpha: float,
+    cutoff: float,
 ) -> Tensor:
     """What LJPME adds to a direct-space Lennard-Jones pair.
 
@@ -105,7 +110,8 @@ def dispersion_tail(
         cross = torch.stack(
             [math.comb(power, k) * moments[k] * moments[power - k] for k in range(power + 1)]
         ).sum()
-        return (cross / 2**power + (root * root * sigma**power).sum()) / (n * (n + 1))
+        result: Tensor = (cross / 2**power + (root * root * sigma**power).sum()) / (n * (n + 1))
+        return result
 
     def integral(power: int) -> Tensor:
         """Integral of r^(2 - power) times what the switch removes, from r_switch to infinity."""

@@ -112,8 +112,9 @@ class Potential(nn.Module):
         """Energy of each term by name, each ``(...,)`` [kJ/mol]; arguments as in `forward`."""
         frames, cells, leading = as_frames(self, positions, box)
         check_frames(frames, cells)
-        if self.sites is not None:
-            frames = self.sites(frames, cells)
+        sites = self._modules["sites"]
+        if sites is not None:
+            frames = sites(frames, cells)
         values = self.values()
         global_values = {
             name.removeprefix("globals."): value
@@ -149,7 +150,7 @@ class Potential(nn.Module):
     @property
     def periodic(self) -> bool:
         """Whether a box is needed."""
-        needs_box = bool(getattr(self.sites, "periodic", False))
+        needs_box = bool(getattr(self._modules["sites"], "periodic", False))
         return needs_box or any(self.term(name).periodic for name in self.term_names)
 
     @property
