@@ -7,14 +7,11 @@ from typing import Any
 import openmm
 import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
-from mdgraft.potentials import AbstractTerm
+from mdgraft.potentials import AbstractTerm, is_reserved
 
 from mdgraft_openmm._converter import Host, number
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
-
-# Names of a Potential's own submodules.
-_RESERVED = ("globals", "tied", "sites")
 
 
 def as_host(host_object: Any) -> Host:
@@ -34,7 +31,7 @@ def energy_forces(system: openmm.System) -> dict[str, openmm.Force]:
     """The forces that contribute energy, by the names that their terms have.
 
     A term is named after ``force.getName()``; when a name repeats, later ones get ``_1``, ``_2``.
-    Dots become underscores, since they separate modules.
+    So do names that a Potential uses itself. Dots become underscores: they separate modules.
     """
     named: dict[str, openmm.Force] = {}
     for force in system.getForces():
@@ -42,7 +39,7 @@ def energy_forces(system: openmm.System) -> dict[str, openmm.Force]:
             continue
         base = (force.getName() or type(force).__name__).replace(".", "_")
         name, repeat = base, 0
-        while name in named or name in _RESERVED:
+        while name in named or is_reserved(name):
             repeat += 1
             name = f"{base}_{repeat}"
         named[name] = force

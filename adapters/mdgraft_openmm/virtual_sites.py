@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from xml.etree.ElementTree import Element, fromstring
 
 import openmm
 
@@ -30,18 +31,34 @@ def read_sites(system: openmm.System) -> VirtualSites | None:
         If definitions are circular or name particles that do not exist.
     """
     sites: dict[int, AbstractSite] = {}
+    elements: dict[int, Element] = {}
     for i in range(system.getNumParticles()):
         if not system.isVirtualSite(i):
             continue
         site = system.getVirtualSite(i)
-        read = _READERS.get(type(site).__name__)
+        name = type(site).__name__
+        read = _READERS.get(name)
+        if name == "VirtualSite":
+            # OpenMM's Python layer hands out some classes as their base; the XML is complete.
+            elements = elements or _elements(system)
+            site = elements[i]
+            name = site.tag
+            read = _XML_READERS.get(name)
         if read is None:
             raise UnsupportedForceError(
-                f"host_object: particle {i} is a virtual site of class {type(site).__name__}, "
-                f"which has no native torch form; native are {', '.join(sorted(_READERS))}"
+                f"host_object: particle {i} is a virtual site of class {name}, which has no "
+                f"native torch form; native are {', '.join(sorted(_READERS))}"
             )
         sites[i] = read(site)
     return VirtualSites(sites, n_particles=system.getNumParticles()) if sites else None
+
+
+def _elements(system: openmm.System) -> dict[int, Element]:
+    """Definitions of all virtual sites as OpenMM serialises them."""
+    xml = openmm.XmlSerializer.serialize(system)
+    end = "</Particles>"
+    particles = fromstring(xml[xml.index("<Particles>") : xml.index(end) + len(end)])
+    return {i: particle[0] for i, particle in enumerate(particles) if len(particle)}
 
 
 def _parents(site: Any) -> tuple[int, ...]:
@@ -86,6 +103,18 @@ def _symmetry(site: Any) -> SymmetrySite:
     )
 
 
+def _symmetry_from_xml(element: Element) -> SymmetrySite:
+    def numbers(prefix: str) -> tuple[float, ...]:
+        return tuple(float(element.attrib[prefix + axis]) for axis in "xyz")
+
+    return SymmetrySite(
+        parents=(int(element.attrib["p"]),),
+        rotation=tuple(numbers(f"R{row}") for row in "xyz"),
+        offset=numbers("v"),
+        fractional=element.attrib["useBoxVectors"] == "1",
+    )
+
+
 _READERS: dict[str, Callable[[Any], AbstractSite]] = {
     "TwoParticleAverageSite": _average,
     "ThreeParticleAverageSite": _average,
@@ -93,3 +122,4 @@ _READERS: dict[str, Callable[[Any], AbstractSite]] = {
     "LocalCoordinatesSite": _local_coordinates,
     "SymmetrySite": _symmetry,
 }
+_XML_READERS: dict[str, Callable[[Any], AbstractSite]] = {"SymmetrySite": _symmetry_from_xml}

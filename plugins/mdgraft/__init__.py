@@ -13,6 +13,7 @@ from mdgraft._errors import UnsupportedHostError as UnsupportedHostError
 from mdgraft._errors import UntrustedInputError as UntrustedInputError
 from mdgraft._errors import WrongEnsembleError as WrongEnsembleError
 from mdgraft._graft import graft as graft
+from mdgraft.estimate import Estimate as Estimate
 from mdgraft.frames import Frames as Frames
 from mdgraft.potentials import Potential as Potential
 

@@ -16,7 +16,7 @@ from mdgraft._differences import Difference, finite_difference
 from mdgraft._units import plain
 from mdgraft.potentials import Potential
 
-AGREES, DIFFERS, UNRESOLVED = "agrees", "differs", "unresolved"
+AGREES, DIFFERS, UNRESOLVED, SKIPPED = "agrees", "differs", "unresolved", "skipped"
 
 #: Called with what is being done, how many steps are done, and how many there are.
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -35,7 +35,7 @@ class HostFunctions:
     ----------
     energies
         Energies [kJ/mol] of the terms named, from positions ``(N, 3)`` [nm] and a box ``(3, 3)``
-        [nm] or None.
+        [nm] or None. NaN for a box that the host refuses.
     forces
         Forces ``(N, 3)`` [kJ/mol/nm] of the terms named, from the same.
     parameter_energies
@@ -94,8 +94,8 @@ class Comparison:
     uncertainty
         Relative error of the host's own value, when that is a finite difference.
     status
-        ``"agrees"``, ``"differs"``, or ``"unresolved"`` when the difference is above the
-        tolerance but within the uncertainty.
+        ``"agrees"``, ``"differs"``, ``"unresolved"`` when the difference is above the tolerance
+        but within the uncertainty, or ``"skipped"`` where a derivative does not exist.
     """
 
     term: str
@@ -167,7 +167,9 @@ def compare_with_host(
     rows = _energies_and_forces(energies, x, host, positions, box, keep, judge)
 
     tell("box derivatives", 1, total_steps)
-    periodic = [name for name in terms if potential.term(name).periodic]
+    # Sites may be placed by the box, and then every term depends on it.
+    everywhere = bool(getattr(getattr(potential, "sites", None), "periodic", False))
+    periodic = [name for name in terms if everywhere or potential.term(name).periodic]
     if cell is not None and box is not None and periodic:
         gradient = {name: _numpy(_gradient(energies[name], cell)) for name in periodic}
         rows += _box(gradient, host, positions, box, judge)
@@ -313,8 +315,9 @@ def _parameter(
     free = np.ones(len(value), bool)
     if name.endswith(_SINGULAR_AT_ZERO):
         free = value != 0
+    owner = terms[0] if len(terms) == 1 else "total"
     if not free.any():
-        return []
+        return [_skipped(owner, f"{name}, all zero: no derivative there", judge.parameters)]
     energy_scale = max((magnitude[t] for t in terms), default=0.0)
 
     def along(direction: np.ndarray) -> Callable[[float], float]:
@@ -347,7 +350,7 @@ def _parameter(
         difference = abs(truth - ours)
         rows.append(
             _judged(
-                terms[0] if len(terms) == 1 else "total",
+                owner,
                 "parameter",
                 f"{name}, {label}",
                 truth,
@@ -450,6 +453,21 @@ def _judged(
         tolerance=tol,
         uncertainty=error / divisor,
         status=status,
+    )
+
+
+def _skipped(term: str, detail: str, tol: float) -> Comparison:
+    return Comparison(
+        term=term,
+        quantity="parameter",
+        detail=detail,
+        host=math.nan,
+        graft=math.nan,
+        difference=math.nan,
+        relative=math.nan,
+        tolerance=tol,
+        uncertainty=math.nan,
+        status=SKIPPED,
     )
 
 

@@ -109,7 +109,9 @@ def build(case, n=48):
     total = sum(force.getParticleParameters(i)[0]._value for i in range(n))
     for i in range(n):
         charge, sigma, epsilon = force.getParticleParameters(i)
-        force.setParticleParameters(i, charge._value + (case.net_charge - total) / n, sigma, epsilon)
+        force.setParticleParameters(
+            i, charge._value + (case.net_charge - total) / n, sigma, epsilon
+        )
     for i in range(0, n - 2, 3):
         force.addException(i, i + 1, 0.0, 0.1, 0.0)
         force.addException(i + 2, i, 0.1 * rng.normal(), 0.25, 0.3)
@@ -419,7 +421,9 @@ def test_conflicting_global_defaults():
     other = copy.deepcopy(built.system.getForce(0))
     other.setGlobalParameterDefaultValue(0, 0.7)
     built.system.addForce(other)
-    with pytest.raises(mdgraft.InvalidInputError, match="different defaults .* 'lambda', 0.4 and 0.7"):
+    with pytest.raises(
+        mdgraft.InvalidInputError, match="different defaults .* 'lambda', 0.4 and 0.7"
+    ):
         mdgraft.graft(built.system)
 
 

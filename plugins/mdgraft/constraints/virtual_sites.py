@@ -112,10 +112,8 @@ class _AbstractGroup(nn.Module, abc.ABC):
         self.register_buffer("parents", torch.tensor(rows, dtype=torch.long))
 
     def _add_weights(self, name: str, rows: Sequence[Sequence[float]]) -> None:
-        padded = torch.zeros(len(rows), self.parents.shape[1], dtype=torch.float64)
-        for padded_row, row in zip(padded, rows, strict=True):
-            padded_row[: len(row)] = torch.tensor(row, dtype=torch.float64)
-        self.register_buffer(name, padded)
+        most = self.parents.shape[1]
+        self._add_numbers(name, [[*row, *[0.0] * (most - len(row))] for row in rows])
 
     def _add_numbers(self, name: str, rows: Sequence[Any]) -> None:
         self.register_buffer(name, torch.tensor(rows, dtype=torch.float64))

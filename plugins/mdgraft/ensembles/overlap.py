@@ -67,7 +67,7 @@ def entropy_sample_size(log_weights: Tensor) -> float:
 
 def uniform(log_weights: Tensor) -> bool:
     """Whether log weights ``(N,)`` are equal up to rounding."""
-    return float(log_weights.max() - log_weights.min()) < _UNIFORM
+    return float((log_weights.max() - log_weights.min()).detach()) < _UNIFORM
 
 
 def pareto_k(log_weights: Tensor) -> float | None:

@@ -212,7 +212,7 @@ def _rows(output: Tensor, parameters: Sequence[Tensor]) -> Tensor:
             )
         )
     stacked = torch.stack(rows) if rows else output.new_zeros(0, n_scalars, dtype=torch.float64)
-    return stacked.reshape(*output.shape, n_scalars)
+    return stacked.reshape((*output.shape, n_scalars))
 
 
 def _stacked(outputs: Sequence[Tensor], jacobians: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

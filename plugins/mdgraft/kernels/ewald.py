@@ -50,9 +50,7 @@ def ewald_reciprocal(
     ]
     plane = (phase[1].unsqueeze(-1) * phase[2].unsqueeze(-2)).flatten(-2)
     weighted = (phase[0] * charges.unsqueeze(-1)).transpose(-1, -2)
-    structure = (weighted @ plane).reshape(
-        *weighted.shape[:-1], len(index[1]), len(index[2])
-    )
+    structure = (weighted @ plane).reshape(*weighted.shape[:-1], len(index[1]), len(index[2]))
 
     m = torch.stack(torch.meshgrid(*index, indexing="ij"), dim=-1)
     k = 2 * math.pi * (m @ to_fractional.transpose(-1, -2)[:, None, None])

@@ -113,7 +113,7 @@ def neighbor_pairs(
 
     def build(*frames: Tensor) -> Tensor:
         cells = None if box is None else frames[1]
-        lists = []
+        lists = [torch.empty(3, 0, dtype=torch.long)]
         for f in range(frames[0].shape[0]):
             cell = None if cells is None else cells[f].cpu().double().numpy()
             i, j = _within(frames[0][f].cpu().double().numpy(), cell, cutoff)

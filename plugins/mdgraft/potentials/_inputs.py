@@ -87,7 +87,7 @@ def check_frames(frames: Tensor, cells: Tensor | None) -> None:
             raise InvalidInputError(
                 f"box: diagonal {diagonal[0].tolist()} must be positive; rows are box vectors"
             )
-        slack = 1e-5 * diagonal.max()
+        slack = 1e-5 * diagonal.amax(dim=-1, keepdim=True)
         upper = h[:, (0, 0, 1), (1, 2, 2)].abs()
         lower = h[:, (1, 2, 2), (0, 0, 1)].abs() - 0.5 * diagonal[:, (0, 0, 1)]
         if bool((upper > slack).any()) or bool((lower > slack).any()):

@@ -91,7 +91,7 @@ def squared_angle_deviation(
     straight = sine == 0
     # (angle - straight)**2 = tan**2 + O(tan**4), in the components of the vector product.
     tangent = cross / torch.where(straight & (dot != 0), dot, 1.0).unsqueeze(-1)
-    limit = torch.where(dot < 0, math.pi, 0.0).to(dot.dtype)
+    limit = math.pi * (dot < 0).to(dot.dtype)
     smooth = (tangent * tangent).sum(dim=-1) + (limit - reference) ** 2
     return torch.where(straight, smooth, (theta - reference) ** 2)
 

@@ -67,8 +67,9 @@ class Potential(nn.Module):
         self.n_particles = n_particles
         self.term_names = tuple(terms)
         for name, term in terms.items():
-            # Hosts allow names that are also attributes of a module, such as "forces".
-            self._modules[name] = term
+            if is_reserved(name):
+                raise InvalidInputError(f"terms: {name!r} is not free as the name of a term")
+            self.add_module(name, term)
         self._modules["globals"] = _Globals(global_parameters or {})
         self._modules["tied"] = Ties()
         self._modules["sites"] = sites
@@ -272,6 +273,11 @@ class Potential(nn.Module):
         ties.add(label, initial, unit or "", resolved)
         self.units[f"tied.{label}"] = unit or ""
         return self
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a Potential has a use of its own for this name, so that no term may have it."""
+    return name in ("", "globals", "tied", "sites") or "." in name or hasattr(Potential, name)
 
 
 def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tensor]:
