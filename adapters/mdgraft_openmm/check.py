@@ -215,6 +215,13 @@ class OpenMMReference:
         self._contexts: list[openmm.Context] = []
         self._where: dict[str, tuple[int, int]] = {}
         self.box = box
+        # A Context with plain Ewald sums takes a skewed box later on, but ignores that it is.
+        self._rectangular = {
+            name
+            for name, force in energy_forces(system).items()
+            if isinstance(force, openmm.NonbondedForce)
+            and force.getNonbondedMethod() == openmm.NonbondedForce.Ewald
+        }
         names = list(energy_forces(system))
         for start in range(0, max(len(names), 1), _PER_CONTEXT):
             part = names[start : start + _PER_CONTEXT]
@@ -281,6 +288,8 @@ class OpenMMReference:
     def _energy(self, name: str, positions: np.ndarray, box: np.ndarray | None) -> float:
         index, group = self._where[name]
         context = self._contexts[index]
+        if box is not None and name in self._rectangular and np.tril(box, -1).any():
+            return math.nan
         self._put(context, positions, box)
         return number(context.getState(energy=True, groups=1 << group).getPotentialEnergy())
 

@@ -114,7 +114,11 @@ def finite_difference(
                 row = []
             # Extrapolating from far away adds nothing but rounding.
             previous = row[:4]
-            if (best.error <= atol + rtol * np.abs(best.value)).all():
+            done = best.error <= atol + rtol * np.abs(best.value)
+            # Elements that stay undefined need not keep the others waiting.
+            if level >= 3:
+                done |= ~np.isfinite(best.error)
+            if done.all() and np.isfinite(best.error).any():
                 break
     assert best is not None
     return best

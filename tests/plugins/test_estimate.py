@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import mdgraft
 import pytest
 import torch
-
-import mdgraft
 from mdgraft import Estimate, InvalidInputError
 
 ONE = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -92,7 +91,10 @@ def test_confidence_interval():
         ({"gradient_standard_error": {}}, "gradient_standard_error: names"),
         ({"gradient_standard_error": {"bonds.k": ONE}}, "wanted that of the gradient"),
         (
-            {"gradient": {"bonds.k": torch.ones(3)}, "gradient_standard_error": {"bonds.k": torch.ones(3)}},
+            {
+                "gradient": {"bonds.k": torch.ones(3)},
+                "gradient_standard_error": {"bonds.k": torch.ones(3)},
+            },
             "starts with that of the value",
         ),
     ],

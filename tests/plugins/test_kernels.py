@@ -50,7 +50,9 @@ def test_neighbours_in_random_boxes(seed):
     i, j, distance = shortest_distances(positions, box)
     removed = {(min(p), max(p)) for p in excluded.tolist()}
     expected = {(a, b) for a, b, d in zip(i, j, distance, strict=True) if d < cutoff} - removed
-    found = [tuple(sorted(p)) for p in zip(*(t.tolist() for t in (pairs.first, pairs.second)))]
+    found = [
+        tuple(sorted(p)) for p in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+    ]
     assert len(found) == len(set(found))
     assert set(found) == expected
     vectors = pairs.displacements(torch.tensor(positions)[None], torch.tensor(box)[None])

@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from pymbar import timeseries
-
 from mdgraft import InvalidInputError
 from mdgraft.ensembles import (
     autocovariance,
@@ -22,6 +20,7 @@ from mdgraft.ensembles import (
     statistical_inefficiency,
 )
 from mdgraft.testsystems._chains import autoregressive
+from pymbar import timeseries
 
 
 def chain(n_frames, correlation, n_series, seed):
@@ -32,9 +31,7 @@ def chain(n_frames, correlation, n_series, seed):
 def test_autocovariance_is_the_plain_sum():
     x = chain(37, 0.7, 3, seed=0)
     centred = x - x.mean(dim=0)
-    direct = torch.stack(
-        [(centred[: 37 - k] * centred[k:]).sum(dim=0) / 37 for k in range(37)]
-    )
+    direct = torch.stack([(centred[: 37 - k] * centred[k:]).sum(dim=0) / 37 for k in range(37)])
     assert torch.allclose(autocovariance(x), direct, rtol=0, atol=1e-13)
 
 
@@ -78,8 +75,6 @@ def test_many_series_equal_one_at_a_time(monkeypatch):
 # Coverage -----------------------------------------------------------------------------------------
 
 REPLICAS = 1000
-# Three binomial standard deviations of 1000 replicas around the limits 88 % and 98 %.
-SLACK = 3 * math.sqrt(0.95 * 0.05 / REPLICAS)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +98,7 @@ def test_intervals_cover_the_gradient(n_frames, correlation):
     }
     for name, (value, error, truth) in cases.items():
         covered = float(((value - truth).abs() < 1.96 * error).double().mean())
-        assert 0.88 - SLACK < covered < 0.98 + SLACK, (name, covered)
+        assert 0.88 <= covered <= 0.98, (name, covered)
 
 
 def test_naive_errors_would_not_cover():
@@ -136,9 +131,7 @@ def test_equilibration_is_found():
     assert 120 <= found.start <= 520
     theirs = timeseries.detect_equilibration((x + drift).numpy(), nskip=40)
     assert abs(found.start - theirs[0]) <= 160
-    assert found.n_effective == pytest.approx(
-        (2000 - found.start) / found.statistical_inefficiency
-    )
+    assert found.n_effective == pytest.approx((2000 - found.start) / found.statistical_inefficiency)
 
 
 def test_a_stationary_series_is_kept():
@@ -164,7 +157,7 @@ def test_sample_sizes_of_simple_weights():
     two = torch.tensor([0.0, 0.0, -math.inf, -math.inf])
     assert kish_sample_size(two) == pytest.approx(2.0)
     assert entropy_sample_size(two) == pytest.approx(2.0)
-    weights = torch.tensor([0.5, 0.25, 0.25])
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     assert kish_sample_size(weights.log()) == pytest.approx(1 / 0.375)
     assert entropy_sample_size(weights.log() + 700) == pytest.approx(2**1.5)
 
@@ -196,9 +189,7 @@ def test_bootstrap_error_of_a_mean_and_of_a_ratio():
     x = chain(4000, 0.8, 2, seed=12)
     x[:, 1] += 10.0
     generator = torch.Generator().manual_seed(13)
-    means = moving_block_bootstrap(
-        x, lambda s: s.mean(dim=0), n_resamples=400, generator=generator
-    )
+    means = moving_block_bootstrap(x, lambda s: s.mean(dim=0), n_resamples=400, generator=generator)
     assert means.shape == (400, 2)
     exact = math.sqrt(9.0 / 4000)
     assert torch.allclose(means.std(dim=0), torch.tensor(exact).double(), rtol=0.25)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from mdgraft import InvalidInputError
 from mdgraft._units import BAR_NM3, BOLTZMANN
 from mdgraft.ensembles import standard_error, statistical_inefficiency
@@ -79,7 +78,9 @@ def test_ideal_gas_volumes_are_gamma_distributed():
     assert within(1 / volumes, 1 / (n * kt_over_p))
     g = (1 + 0.49) / (1 - 0.49)
     assert float(statistical_inefficiency(volumes)) == pytest.approx(g, rel=0.3)
-    inside = (frames.positions >= 0) & (frames.positions <= frames.box.amax(dim=(1, 2))[:, None, None])
+    inside = (frames.positions >= 0) & (
+        frames.positions <= frames.box.amax(dim=(1, 2))[:, None, None]
+    )
     assert bool(inside.all())
 
 

@@ -85,7 +85,7 @@ def estimate(
     def named(parts: list[Tensor]) -> dict[str, Tensor]:
         if not parts:
             return {}
-        split = torch.cat(parts, dim=1).split([s.numel() for s in shapes.values()], dim=1)
+        split = torch.split(torch.cat(parts, dim=1), [s.numel() for s in shapes.values()], dim=1)
         return {
             name: part.reshape((*result.shape, *shapes[name]))
             for name, part in zip(shapes, split, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -137,7 +138,7 @@ class Ensemble:
             If the observable returns a wrong shape, or the energy of a frame is not finite.
         """
         parts = [
-            recompute(lambda batch=batch: self._evaluate(batch, observable))  # type: ignore[misc]
+            recompute(functools.partial(self._evaluate, batch, observable))
             for batch in self.frames.batches(self.batch_size)
         ]
         energies = torch.cat([energy for energy, _ in parts])
@@ -145,12 +146,13 @@ class Ensemble:
         log_weights = self._log_weights(energies)
         self.gradient.require(self.gradient.overlap(log_weights))
         weights = log_weights.softmax(dim=0)
-        return torch.tensordot(weights, values, dims=1)
+        mean: Tensor = torch.tensordot(weights, values, dims=1)
+        return mean
 
     def weights(self) -> Tensor:
         """Normalised weights of the frames ``(F,)`` at the present parameters, with a graph."""
         parts = [
-            recompute(lambda batch=batch: (self._energy(batch),))[0]  # type: ignore[misc]
+            recompute(functools.partial(self._evaluate, batch, _nothing))[0]
             for batch in self.frames.batches(self.batch_size)
         ]
         return self._log_weights(torch.cat(parts)).softmax(dim=0)
@@ -332,7 +334,10 @@ class Ensemble:
             energies.append(energy)
             values.append(value)
             if names:
-                jacobians.append(per_frame_jacobian(self.potential, function, batch, names))
+                n_outputs = 1 + value[0].numel() * explicit
+                jacobians.append(
+                    per_frame_jacobian(self.potential, function, batch, names, n_outputs=n_outputs)
+                )
         joined = [torch.cat(parts) for parts in zip(*jacobians, strict=True)]
         all_energies = torch.cat(energies)
         gradients = joined[0] if joined else all_energies.new_zeros(len(self), 0)
@@ -351,6 +356,10 @@ class Ensemble:
                 for parameter in frozen:
                     parameter.requires_grad_(False)
         return any(id(named[name]) in leaves for name in names)
+
+
+def _nothing(frames: Frames) -> Tensor:
+    return frames.positions.new_empty(len(frames), 0)
 
 
 def _observe(observable: Observable, batch: Frames) -> Tensor:

@@ -106,5 +106,3 @@ def _require_pressure(ensemble: Ensemble) -> float:
             "and pass pressure= in bar"
         )
     return ensemble.pressure
-
-

@@ -1,8 +1,12 @@
 """Derivatives of per-frame quantities with respect to parameters, frame by frame.
 
-The covariance formula needs the derivative of every frame's energy separately. One pass forward
-per parameter gives it for a whole batch; one pass backward per frame gives it for all parameters.
-Both are exact.
+The covariance formula needs the derivative of every frame's energy separately, where one backward
+pass over a batch only gives their sum. Three exact ways:
+
+- a backward pass over each frame: the cost does not depend on the number of parameters;
+- a backward pass over the batch whose result, linear in its seed, is differentiated by that seed,
+  once for each parameter scalar: cheaper for few scalars and many frames;
+- a forward-mode pass over the batch for each scalar: independent of both, slower in eager torch.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from mdgraft._errors import InvalidInputError, MDGraftError
 from mdgraft.frames import Frames
 from mdgraft.potentials import Potential
 
-#: Up to this many scalars, forward passes over batches beat backward passes over frames.
-MAX_FORWARD_SCALARS = 16
+#: Starting the operations of one pass costs about as much as computing this many particles.
+_OVERHEAD_PARTICLES = 1000
 
 #: Maps F frames to tensors ``(F, ...)``.
 PerFrame = Callable[[Frames], tuple[Tensor, ...]]
@@ -67,7 +71,12 @@ def per_frame_gradients(
 
 
 def per_frame_jacobian(
-    module: nn.Module, function: PerFrame, frames: Frames, names: Sequence[str]
+    module: nn.Module,
+    function: PerFrame,
+    frames: Frames,
+    names: Sequence[str],
+    *,
+    n_outputs: int = 1,
 ) -> tuple[Tensor, ...]:
     """Derivatives of per-frame quantities with respect to a module's parameters.
 
@@ -81,6 +90,9 @@ def per_frame_jacobian(
         One batch of F frames.
     names
         Names of parameters, P scalars in all.
+    n_outputs
+        About how many numbers the function gives each frame; it only helps to choose the cheaper
+        route.
 
     Returns
     -------
@@ -96,22 +108,23 @@ def per_frame_jacobian(
     for name in names:
         if name not in named:
             raise InvalidInputError(f"names: no parameter {name!r}; there are {sorted(named)}")
-    if sum(named[name].numel() for name in names) > MAX_FORWARD_SCALARS:
-        return reverse_jacobian(module, function, frames, names)
-    try:
-        return forward_jacobian(module, function, frames, names)
-    except MDGraftError:
-        raise
-    except (NotImplementedError, RuntimeError):
-        # Some operation has no forward-mode rule.
-        pass
-    try:
-        return double_reverse_jacobian(module, function, frames, names)
-    except MDGraftError:
-        raise
-    except (NotImplementedError, RuntimeError):
-        # Some operation has no second derivative either.
-        return reverse_jacobian(module, function, frames, names)
+    n_scalars = sum(named[name].numel() for name in names)
+    if _batch_is_cheaper(n_scalars, frames, n_outputs):
+        try:
+            return double_reverse_jacobian(module, function, frames, names)
+        except MDGraftError:
+            raise
+        except (NotImplementedError, RuntimeError):
+            # Some operation has no second derivative.
+            pass
+    return reverse_jacobian(module, function, frames, names)
+
+
+def _batch_is_cheaper(n_scalars: int, frames: Frames, n_outputs: int) -> bool:
+    """Compare the costs of both reverse routes, in evaluations of the function."""
+    batch = 1.0 + len(frames) * frames.n_particles / _OVERHEAD_PARTICLES
+    single = 1.0 + frames.n_particles / _OVERHEAD_PARTICLES
+    return (3.0 + 2.0 * n_scalars) * batch < (2.0 + 2.0 * n_outputs) * len(frames) * single
 
 
 class _Swappable(nn.Module):
@@ -143,8 +156,7 @@ def forward_jacobian(
             tangents = {key: torch.zeros_like(value) for key, value in primals.items()}
             tangents[name].view(-1)[entry] = 1.0
             with torch.no_grad():
-                _, column = torch.func.jvp(evaluate, (primals,), (tangents,))
-            columns.append(column)
+                columns.append(torch.func.jvp(evaluate, (primals,), (tangents,))[1])
     if not columns:
         with torch.no_grad():
             return tuple(output.double()[..., None][..., :0] for output in function(frames))
@@ -154,10 +166,16 @@ def forward_jacobian(
 def double_reverse_jacobian(
     module: nn.Module, function: PerFrame, frames: Frames, names: Sequence[str]
 ) -> tuple[Tensor, ...]:
-    """As `per_frame_jacobian`, by differentiating a backward pass by its own seed."""
+    """As `per_frame_jacobian`, by differentiating a backward pass by its own seed.
+
+    Raises
+    ------
+    RuntimeError
+        If an operation's backward pass cannot be differentiated.
+    """
     with _trainable(module, names) as parameters, torch.enable_grad():
         outputs = function(frames)
-        seeds = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        seeds = [torch.ones_like(output, requires_grad=True) for output in outputs]
         live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
         jacobians: list[list[Tensor]] = [[] for _ in outputs]
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
@@ -170,16 +188,35 @@ def double_reverse_jacobian(
                 allow_unused=True,
             )
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            flat = None if gradient is None else gradient.reshape(-1)
-            for entry in range(parameter.numel()):
-                column: Sequence[Tensor | None] = [None] * len(seeds)
-                if flat is not None and flat.requires_grad:
-                    column = torch.autograd.grad(
-                        flat[entry], seeds, retain_graph=True, allow_unused=True
-                    )
-                for place, (part, seed) in enumerate(zip(column, seeds, strict=True)):
-                    jacobians[place].append(torch.zeros_like(seed) if part is None else part)
-    return _stacked(outputs, [torch.stack(j, dim=-1) if j else None for j in jacobians])
+            flat = torch.zeros_like(parameter) if gradient is None else gradient
+            for total in flat.reshape(-1):
+                column = _by_seed(total, seeds)
+                _check_linear(total, column)
+                for place, part in enumerate(column):
+                    jacobians[place].append(part)
+    return tuple(
+        (torch.stack(j, dim=-1) if j else output[..., None][..., :0]).detach().double()
+        for output, j in zip(outputs, jacobians, strict=True)
+    )
+
+
+def _by_seed(total: Tensor, seeds: Sequence[Tensor]) -> list[Tensor]:
+    parts: Sequence[Tensor | None] = [None] * len(seeds)
+    if total.requires_grad:
+        parts = torch.autograd.grad(total, seeds, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(seed) if part is None else part
+        for part, seed in zip(parts, seeds, strict=True)
+    ]
+
+
+def _check_linear(total: Tensor, column: Sequence[Tensor]) -> None:
+    """Raise unless the parts add up to the whole: a backward pass may have cut its graph."""
+    found = sum(float(part.detach().double().sum()) for part in column)
+    size = sum(float(part.detach().double().abs().sum()) for part in column)
+    wanted = float(total.detach())
+    if abs(found - wanted) > 1e-3 * max(size, abs(wanted)):
+        raise RuntimeError("the backward pass of an operation is not differentiable")
 
 
 def reverse_jacobian(
@@ -213,13 +250,6 @@ def _rows(output: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         )
     stacked = torch.stack(rows) if rows else output.new_zeros(0, n_scalars, dtype=torch.float64)
     return stacked.reshape((*output.shape, n_scalars))
-
-
-def _stacked(outputs: Sequence[Tensor], jacobians: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(
-        (output.detach()[..., None][..., :0] if jacobian is None else jacobian.detach()).double()
-        for output, jacobian in zip(outputs, jacobians, strict=True)
-    )
 
 
 class _trainable:  # noqa: N801 - used like a function

@@ -45,9 +45,7 @@ class _Recomputed(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             outputs = ctx.function()
-            live = [
-                (o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad
-            ]
+            live = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
             gradients = torch.autograd.grad(
                 [o for o, _ in live],
                 leaves,
@@ -85,5 +83,7 @@ def recompute(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     del outputs
     if not leaves:
         return tuple(values)
-    result: tuple[Tensor, ...] = _Recomputed.apply(function, values, *leaves)
+    result: tuple[Tensor, ...] = _Recomputed.apply(  # type: ignore[no-untyped-call]
+        function, values, *leaves
+    )
     return result

@@ -71,7 +71,8 @@ def _autocovariance(columns: Tensor) -> Tensor:
     # Padding to twice the length keeps the circular transform from wrapping around.
     spectrum = torch.fft.rfft(centred, n=1 << (2 * n - 1).bit_length(), dim=0)
     power = spectrum.real.square() + spectrum.imag.square()
-    return torch.fft.irfft(power, n=1 << (2 * n - 1).bit_length(), dim=0)[:n] / n
+    inverse: Tensor = torch.fft.irfft(power, n=1 << (2 * n - 1).bit_length(), dim=0)
+    return inverse[:n] / n
 
 
 def _inefficiency(columns: Tensor) -> tuple[Tensor, Tensor]:

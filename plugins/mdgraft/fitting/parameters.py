@@ -205,15 +205,17 @@ def _particles(
 
 def _owners(key: str, parameter: str, simulation: AbstractSimulation) -> Tensor:
     """Particles that each entry belongs to, ``(entries, particles)``."""
-    term_name, _, _ = parameter.rpartition(".")
-    n = simulation.potential.n_particles
-    size = simulation.potential.values()[parameter].numel()
-    if term_name in simulation.potential.term_names:
-        particles = getattr(simulation.potential.term(term_name), "particles", None)
-        if isinstance(particles, Tensor) and particles.ndim == 2 and len(particles) == size:
-            return particles
-        if size == n and not (isinstance(particles, Tensor) and len(particles) == size):
-            return torch.arange(n)[:, None]
+    term_name, _, own = parameter.rpartition(".")
+    potential = simulation.potential
+    size = potential.values()[parameter].numel()
+    if term_name in potential.term_names and "offset" not in own:
+        buffer = "exceptions" if own.startswith("exception") else "particles"
+        owners = getattr(potential.term(term_name), buffer, None)
+        if isinstance(owners, Tensor):
+            if owners.ndim == 2 and len(owners) == size:
+                return owners
+        elif size == potential.n_particles:
+            return torch.arange(size)[:, None]
     raise ConfigurationError(
         f"{key}.select: {parameter} does not belong to particles in a way that can be selected "
         "by; use entries instead"

@@ -144,7 +144,9 @@ def _within(
         )
     if len(positions) < 2:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    search = vesin.NeighborList(cutoff=cutoff, full_list=False)
+    # Starting threads costs more than they save on a small system.
+    n_threads = torch.get_num_threads() if len(positions) > 5000 else 1
+    search = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=n_threads)
     i, j = search.compute(
         points=np.ascontiguousarray(positions),
         box=np.zeros((3, 3)) if box is None else np.ascontiguousarray(box),

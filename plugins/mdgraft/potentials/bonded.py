@@ -131,7 +131,7 @@ class PeriodicTorsion(AbstractTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        phi = geometry.dihedral(positions, box, *self.particles.unbind(-1))
+        phi = geometry.dihedral(positions, box, self.particles)
         wave = torch.cos(self.periodicity * phi - values["phase"])
         return (values["k"] * (1.0 + wave)).sum(dim=-1)
 
@@ -182,7 +182,7 @@ class RBTorsion(AbstractTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        cos_psi = -torch.cos(geometry.dihedral(positions, box, *self.particles.unbind(-1)))
+        cos_psi = -torch.cos(geometry.dihedral(positions, box, self.particles))
         energy = values["c5"]
         for n in (4, 3, 2, 1, 0):
             energy = values[f"c{n}"] + cos_psi * energy

@@ -145,7 +145,7 @@ class CMAPTorsion(AbstractTerm):
             return 0.0 * positions.sum(dim=(-2, -1))
         corners, weights = [], []
         for particles in (self.particles[:, :4], self.particles[:, 4:]):
-            phi = geometry.dihedral(positions, box, *particles.unbind(-1))
+            phi = geometry.dihedral(positions, box, particles)
             place = torch.remainder(phi, 2.0 * math.pi) / (2.0 * math.pi) * self.size
             cell = torch.minimum(torch.floor(place.detach()).long(), self.size - 1)
             corners.append(torch.stack([cell, (cell + 1) % self.size], dim=-1))

@@ -58,22 +58,40 @@ def polar_angle(y: Tensor, x: Tensor, undefined: float) -> Tensor:
     return torch.where(zero, undefined, angle)
 
 
-def _sine_and_cosine(
-    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Vector product and scalar product of the two arms of an angle, up to a common factor."""
+def _vanishes(cross: Tensor) -> Tensor:
+    """Whether the vector product of `rescaled` vectors is nothing but rounding."""
+    return cross.detach().abs().amax(dim=-1) <= 4.0 * torch.finfo(cross.dtype).eps
+
+
+def _bend(
+    positions: Tensor, box: Tensor | None, particles: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Angle, whether it is straight (0 or pi), and the arms' vector and scalar product."""
+    i, j, k = particles.unbind(-1)
     first = rescaled(displacement(positions, box, i, j))
     second = rescaled(displacement(positions, box, k, j))
-    return torch.linalg.cross(first, second), (first * second).sum(dim=-1)
+    cross, dot = torch.linalg.cross(first, second), (first * second).sum(dim=-1)
+    straight = _vanishes(cross)
+    sine = safe_norm(torch.where(straight.unsqueeze(-1), 0.0, cross))
+    return polar_angle(sine, dot, 0.0), straight, cross, dot
 
 
-def angle(positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
-    """Angles at particles ``j`` between 0 and pi, ``(frames, n)`` [radian].
+def angle(positions: Tensor, box: Tensor | None, particles: Tensor) -> Tensor:
+    """Angles between 0 and pi, ``(frames, n)`` [radian].
 
     Where the three particles are collinear the angle has a cusp; there its derivatives are zero.
+
+    Parameters
+    ----------
+    positions
+        ``(frames, N, 3)`` [nm].
+    box
+        ``(frames, 3, 3)`` [nm], or None for an open system.
+    particles
+        ``(n, 3)`` indices; the second is the vertex.
     """
-    cross, dot = _sine_and_cosine(positions, box, i, j, k)
-    return polar_angle(safe_norm(cross), dot, 0.0)
+    theta, _, _, _ = _bend(positions, box, particles)
+    return theta
 
 
 def squared_angle_deviation(
@@ -83,12 +101,10 @@ def squared_angle_deviation(
 
     For a straight angle whose reference is straight as well, the square is smooth although the
     angle is not, and its second derivative is the bending stiffness. For any other reference the
-    square keeps a cusp, whose derivative is taken as zero. Particle indices are ``(n, 3)``.
+    square keeps a cusp, whose derivative is taken as zero. Arguments are those of `angle`, and
+    ``reference`` ``(n,)`` [radian].
     """
-    cross, dot = _sine_and_cosine(positions, box, *particles.unbind(-1))
-    sine = safe_norm(cross)
-    theta = polar_angle(sine, dot, 0.0)
-    straight = sine == 0
+    theta, straight, cross, dot = _bend(positions, box, particles)
     # (angle - straight)**2 = tan**2 + O(tan**4), in the components of the vector product.
     tangent = cross / torch.where(straight & (dot != 0), dot, 1.0).unsqueeze(-1)
     limit = math.pi * (dot < 0).to(dot.dtype)
@@ -96,19 +112,28 @@ def squared_angle_deviation(
     return torch.where(straight, smooth, (theta - reference) ** 2)
 
 
-def dihedral(
-    positions: Tensor, box: Tensor | None, i: Tensor, j: Tensor, k: Tensor, m: Tensor
-) -> Tensor:
+def dihedral(positions: Tensor, box: Tensor | None, particles: Tensor) -> Tensor:
     """Dihedral angles between -pi and pi, ``(frames, n)`` [radian], zero for cis.
 
     Where three consecutive particles are collinear there is no dihedral; the value is pi/2, as on
     OpenMM's Reference platform, and its derivatives are zero.
+
+    Parameters
+    ----------
+    positions
+        ``(frames, N, 3)`` [nm].
+    box
+        ``(frames, 3, 3)`` [nm], or None for an open system.
+    particles
+        ``(n, 4)`` indices.
     """
-    first = rescaled(displacement(positions, box, j, i))
-    axis = rescaled(displacement(positions, box, j, k))
-    last = rescaled(displacement(positions, box, m, k))
-    normal = torch.linalg.cross(axis, last)
+    i, j, k, m = particles.unbind(-1)
+    a = rescaled(displacement(positions, box, j, i))
+    b = rescaled(displacement(positions, box, j, k))
+    c = rescaled(displacement(positions, box, m, k))
+    ab, bc = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
+    undefined = _vanishes(ab) | _vanishes(bc)
     # phi = atan2(|b| a.(b x c), (a x b).(b x c))
-    x = (torch.linalg.cross(first, axis) * normal).sum(dim=-1)
-    y = safe_norm(axis) * (first * normal).sum(dim=-1)
+    y = torch.where(undefined, 0.0, safe_norm(b) * (a * bc).sum(dim=-1))
+    x = torch.where(undefined, 0.0, (ab * bc).sum(dim=-1))
     return polar_angle(y, x, 0.5 * math.pi)

@@ -111,7 +111,8 @@ class IdealGas:
         """``<V^order>`` [nm^(3 order)] at a value of ``squeeze.tension`` [kJ/mol/nm^3]."""
         scale = BOLTZMANN * self.temperature / (self.pressure * BAR_NM3 + tension)
         shape = self.n_molecules + 1.0
-        return math.exp(math.lgamma(shape + order) - math.lgamma(shape)) * scale**order
+        moment: float = math.exp(math.lgamma(shape + order) - math.lgamma(shape)) * scale**order
+        return moment
 
     def mean_volume_gradient(self) -> dict[str, float]:
         """Derivative of ``<V>`` by parameter name, at zero tension."""

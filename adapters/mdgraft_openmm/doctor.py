@@ -1,0 +1,335 @@
+"""Finding out which hosts, plug-ins and platforms work on this machine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+WORKS, BROKEN, MISSING = "works", "broken", "missing"
+
+_TIMEOUT = 120.0  # [s] a first start with a cold disk is slow
+_KNOWN_PLATFORMS = ("Reference", "CPU", "OpenCL", "CUDA", "HIP")
+_PLATFORM_REMEDIES = {
+    "OpenCL": "install the OpenCL driver of the GPU",
+    "CUDA": 'pip install "openmm[cuda12]" beside an NVIDIA driver',
+    "HIP": 'pip install "openmm[hip6]" beside an AMD ROCm driver',
+}
+_OPTIONAL = {
+    "ase": ("ASE", "ase"),
+    "MDAnalysis": ("MDAnalysis", "MDAnalysis"),
+    "pymbar": ("pymbar", "pymbar"),
+}
+_TORCHFORCE = 'pip install "mdgraft[openmmtorch]" in an environment of its own'
+
+# Probes print one line of JSON last; whatever libraries say before it is ignored.
+_TORCH = """
+import json, torch
+x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+(x ** 3).sum().backward()
+assert x.grad.tolist() == [3.0] * 3
+cuda = torch.version.cuda
+if torch.cuda.is_available():
+    y = torch.ones(3, device="cuda") * 2
+    assert y.sum().item() == 6.0
+    cuda += " on " + torch.cuda.get_device_name()
+elif cuda:
+    cuda += ", no device found"
+print(json.dumps({"version": torch.__version__, "cuda": cuda}))
+"""
+_OPENMM = """
+import json, openmm
+names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+failures = list(openmm.Platform.getPluginLoadFailures())
+print(json.dumps({"version": openmm.__version__, "platforms": names, "failures": failures}))
+"""
+_SYSTEM = """
+import json, openmm
+system = openmm.System()
+for _ in range(2):
+    system.addParticle(1.0)
+"""
+_ENERGY = """
+context = openmm.Context(system, openmm.VerletIntegrator(0.001),
+                         openmm.Platform.getPlatformByName(NAME))
+context.setPositions([[0.0, 0.0, 0.0], [0.3, 0.4, 0.0]])
+state = context.getState(energy=True, forces=True)
+energy = state.getPotentialEnergy()._value
+force = state.getForces()[0]._value[0]
+assert abs(energy - ENERGY) < 1e-4 and abs(force - FORCE) < 1e-3, (energy, force)
+print(json.dumps({"energy": energy}))
+"""
+_PLATFORM = (
+    _SYSTEM
+    + """
+bond = openmm.HarmonicBondForce()
+bond.addBond(0, 1, 0.3, 100.0)
+system.addForce(bond)
+ENERGY, FORCE = 2.0, 12.0
+"""
+    + _ENERGY
+)
+_TORCH_FORCE = (
+    """
+import os, tempfile, torch, openmmtorch
+class Energy(torch.nn.Module):
+    def forward(self, positions):
+        return (positions ** 2).sum()
+"""
+    + _SYSTEM
+    + """
+with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "energy.pt")
+    torch.jit.script(Energy()).save(path)
+    force = openmmtorch.TorchForce(path)
+system.addForce(force)
+ENERGY, FORCE = 0.25, 0.0
+"""
+    + _ENERGY
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What was found about one package, platform or plug-in.
+
+    Attributes
+    ----------
+    name
+        Such as ``"OpenMM platform CUDA"``.
+    status
+        ``"works"``, ``"broken"`` or ``"missing"``.
+    detail
+        Version, or what went wrong.
+    remedy
+        What to install or do; empty if nothing.
+    essential
+        Whether mdgraft needs it.
+    """
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+    essential: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorReport:
+    """What `doctor` found.
+
+    Attributes
+    ----------
+    findings
+        One for each package, platform and plug-in.
+    """
+
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether everything that mdgraft needs works."""
+        return all(f.status == WORKS for f in self.findings if f.essential)
+
+    def status(self, name: str) -> str:
+        """Return the status of one finding."""
+        return next(f.status for f in self.findings if f.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary that JSON can hold."""
+        return {"healthy": self.healthy, **dataclasses.asdict(self)}
+
+
+def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
+    """Try every host, plug-in and platform, each in a process of its own.
+
+    Broken combinations can kill the process that they run in, so none runs in this one.
+
+    Parameters
+    ----------
+    timeout
+        How long each trial may take [s].
+
+    Returns
+    -------
+    DoctorReport
+    """
+    findings = [_python()]
+    # Few at a time: each trial loads large libraries.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        torch = pool.submit(_run, _TORCH, timeout)
+        openmm = pool.submit(_run, _OPENMM, timeout)
+        optional = {name: pool.submit(_optional, name, timeout) for name in _OPTIONAL}
+        findings.append(_torch(torch.result()))
+        findings.append(_openmm(openmm.result()))
+        offered = openmm.result().answer.get("platforms", [])
+        names = [*_KNOWN_PLATFORMS, *(n for n in offered if n not in _KNOWN_PLATFORMS)]
+        platforms = {
+            name: pool.submit(_run, f"NAME = {name!r}\n{_PLATFORM}", timeout)
+            for name in names
+            if name in offered
+        }
+        findings += [_platform(name, platforms.get(name)) for name in names]
+        plugin = _version("openmmtorch")
+        if plugin is None:
+            findings.append(
+                Finding(
+                    name="openmm-torch",
+                    status=MISSING,
+                    detail="only TorchForce needs it",
+                    remedy=_TORCHFORCE,
+                )
+            )
+        else:
+            findings.append(Finding(name="openmm-torch", status=WORKS, detail=plugin))
+            trials = {
+                name: pool.submit(_run, f"NAME = {name!r}\n{_TORCH_FORCE}", timeout)
+                for name in platforms
+                if platforms[name].result().ok
+            }
+            forces = [_torch_force(name, trial.result()) for name, trial in trials.items()]
+            if all(f.status != WORKS for f in forces):
+                findings[-1] = dataclasses.replace(
+                    findings[-1], status=BROKEN, remedy=_TORCHFORCE
+                )
+            findings += forces
+        findings += [future.result() for future in optional.values()]
+    return DoctorReport(findings=findings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """How a probe ended."""
+
+    ok: bool
+    answer: dict[str, Any]
+    error: str
+
+
+def _run(code: str, timeout: float) -> _Trial:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return _Trial(ok=False, answer={}, error=f"no answer within {timeout:g} s")
+    if done.returncode == 0:
+        try:
+            answer = json.loads(done.stdout.strip().splitlines()[-1])
+        except (IndexError, json.JSONDecodeError):
+            return _Trial(ok=False, answer={}, error="ended without an answer")
+        return _Trial(ok=True, answer=answer, error="")
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode < 0:
+        try:
+            name = signal.Signals(-done.returncode).name
+        except ValueError:
+            name = f"signal {-done.returncode}"
+        last = f"the process dies ({name}): {last}"
+    return _Trial(ok=False, answer={}, error=textwrap.shorten(last, 300))
+
+
+def _python() -> Finding:
+    supported = (3, 11) <= sys.version_info[:2] < (3, 14)
+    return Finding(
+        name="Python",
+        status=WORKS if supported else BROKEN,
+        detail=f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        remedy="" if supported else "use Python 3.11, 3.12 or 3.13",
+        essential=True,
+    )
+
+
+def _torch(trial: _Trial) -> Finding:
+    if not trial.ok:
+        return _failed("PyTorch", "torch", trial, "pip install torch", essential=True)
+    cuda = trial.answer["cuda"]
+    return Finding(
+        name="PyTorch",
+        status=WORKS,
+        detail=f"{trial.answer['version']}, {f'CUDA {cuda}' if cuda else 'no CUDA'}",
+        essential=True,
+    )
+
+
+def _openmm(trial: _Trial) -> Finding:
+    if not trial.ok:
+        return _failed("OpenMM", "openmm", trial, "pip install openmm", essential=True)
+    failures = trial.answer["failures"]
+    detail = str(trial.answer["version"])
+    if failures:
+        detail += f"; plug-ins that did not load: {'; '.join(failures)}"
+    return Finding(
+        name="OpenMM", status=WORKS, detail=textwrap.shorten(detail, 400), essential=True
+    )
+
+
+def _platform(name: str, trial: concurrent.futures.Future[_Trial] | None) -> Finding:
+    label = f"OpenMM platform {name}"
+    # The Reference platform is the yardstick of every check.
+    essential = name == "Reference"
+    remedy = _PLATFORM_REMEDIES.get(name, "pip install --force-reinstall openmm")
+    if trial is None:
+        return Finding(
+            name=label,
+            status=MISSING,
+            detail="not part of this OpenMM",
+            remedy=remedy,
+            essential=essential,
+        )
+    result = trial.result()
+    if result.ok:
+        detail = "energy and forces of a test system are right"
+        return Finding(name=label, status=WORKS, detail=detail, essential=essential)
+    return Finding(
+        name=label, status=BROKEN, detail=result.error, remedy=remedy, essential=essential
+    )
+
+
+def _torch_force(name: str, trial: _Trial) -> Finding:
+    label = f"TorchForce on {name}"
+    if trial.ok:
+        return Finding(name=label, status=WORKS, detail="energy and forces are right")
+    return Finding(name=label, status=BROKEN, detail=trial.error, remedy=_TORCHFORCE)
+
+
+def _optional(module: str, timeout: float) -> Finding:
+    name, distribution = _OPTIONAL[module]
+    install = f"pip install {distribution}"
+    if _version(distribution) is None:
+        return Finding(name=name, status=MISSING, detail="optional", remedy=install)
+    trial = _run(f"import {module}, json\nprint(json.dumps({{}}))", timeout)
+    if not trial.ok:
+        return _failed(name, distribution, trial, install, essential=False)
+    adapters = {entry.name for entry in entry_points(group="mdgraft.adapters")}
+    has_adapter = "" if module in adapters else "; mdgraft has no adapter for it yet"
+    return Finding(name=name, status=WORKS, detail=f"{_version(distribution)}{has_adapter}")
+
+
+def _failed(
+    name: str, distribution: str, trial: _Trial, remedy: str, *, essential: bool
+) -> Finding:
+    installed = _version(distribution)
+    return Finding(
+        name=name,
+        status=MISSING if installed is None else BROKEN,
+        detail=trial.error if installed is None else f"{installed}: {trial.error}",
+        remedy=remedy,
+        essential=essential,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
