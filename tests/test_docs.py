@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -41,6 +43,8 @@ def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
     from mdgraft.fitting.config import load_config
 
     text = "\n".join(block for _, block in blocks(page, "toml"))
+    included = re.fullmatch(r'--8<-- "(.+)"\n', text)
+    text = (ROOT / included[1]).read_text(encoding="utf-8") if included else text
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
     assert (
         load_config(tmp_path / "page.toml").targets.keys() == tomllib.loads(text)["targets"].keys()
@@ -55,7 +59,9 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("package", ["mdgraft", "mdgraft_openmm", "mdgraft.ensembles"])
+@pytest.mark.parametrize(
+    "package", ["mdgraft", "mdgraft_openmm", "mdgraft.ensembles", "mdgraft.fitting"]
+)
 def test_api_reference_is_complete(package: str) -> None:
     page = ROOT / "docs/api" / f"{package.partition('.')[0]}.md"
     listed = set(re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.M))
@@ -80,3 +86,48 @@ def test_every_force_is_described() -> None:
 
     page = (ROOT / "docs/forces.md").read_text(encoding="utf-8")
     assert [cls.__name__ for cls in CONVERTERS if f"## {cls.__name__}\n" not in page] == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("`[systems.NAME]`", "SystemConfig"),
+        ("`[parameters.NAME]`", "ParameterConfig"),
+        ("Selections", "SelectionConfig"),
+        ("`[targets.NAME]`", "TargetConfig"),
+        ("`[optimizer]`", "OptimizerConfig"),
+        ("`[convergence]`", "ConvergenceConfig"),
+        ("`[reweighting]`", "ReweightingConfig"),
+    ],
+)
+def test_every_key_of_a_fit_is_described(heading: str, model: str) -> None:
+    from mdgraft.fitting import config
+
+    page = (ROOT / "docs/fitting.md").read_text(encoding="utf-8")
+    section = page.partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    described = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", section, flags=re.M))
+    fields = getattr(config, model).model_fields
+    assert described.keys() == fields.keys()
+    for key, field in fields.items():
+        assert (described[key] == "required") == field.is_required(), key
+        if described[key].startswith("`"):
+            assert tomllib.loads(f"x = {described[key].strip('`')}")["x"] == field.get_default(
+                call_default_factory=True
+            ), key
+        else:
+            default = field.get_default(call_default_factory=not field.is_required())
+            assert field.is_required() or default in (None, "", (-math.inf, math.inf)), key
+
+
+def test_every_option_and_exit_code_is_described() -> None:
+    from mdgraft import cli
+
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command, parser in commands.choices.items():
+        assert f"## {command}\n" in page
+        for action in parser._actions:
+            for option in action.option_strings:
+                assert option == "-h" or f"`{option}" in page, f"{command} {option}"
+    codes = {cli.OK, cli.DIFFERS, cli.BAD_INPUT, cli.NOT_CONVERGED, cli.INTERRUPTED}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, flags=re.M)} == codes

@@ -32,7 +32,7 @@ FLOORS = (
     ("constraints",),
     ("_graft", "_comparison", "estimate", "ensembles", "dynamics", "montecarlo", "relaxation"),
     ("biasing", "fitting", "testing", "testsystems"),
-    ("cli", "__main__"),
+    ("_console", "cli", "__main__"),
 )
 
 

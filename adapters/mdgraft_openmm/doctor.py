@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
@@ -171,13 +172,14 @@ def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
         findings.append(_torch(torch.result()))
         findings.append(_openmm(openmm.result()))
         offered = openmm.result().answer.get("platforms", [])
+        failures = openmm.result().answer.get("failures", [])
         names = [*_KNOWN_PLATFORMS, *(n for n in offered if n not in _KNOWN_PLATFORMS)]
         platforms = {
             name: pool.submit(_run, f"NAME = {name!r}\n{_PLATFORM}", timeout)
             for name in names
             if name in offered
         }
-        findings += [_platform(name, platforms.get(name)) for name in names]
+        findings += [_platform(name, platforms.get(name), failures) for name in names]
         plugin = _version("openmmtorch")
         if plugin is None:
             findings.append(
@@ -197,9 +199,7 @@ def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
             }
             forces = [_torch_force(name, trial.result()) for name, trial in trials.items()]
             if all(f.status != WORKS for f in forces):
-                findings[-1] = dataclasses.replace(
-                    findings[-1], status=BROKEN, remedy=_TORCHFORCE
-                )
+                findings[-1] = dataclasses.replace(findings[-1], status=BROKEN, remedy=_TORCHFORCE)
             findings += forces
         findings += [future.result() for future in optional.values()]
     return DoctorReport(findings=findings)
@@ -264,16 +264,19 @@ def _torch(trial: _Trial) -> Finding:
 def _openmm(trial: _Trial) -> Finding:
     if not trial.ok:
         return _failed("OpenMM", "openmm", trial, "pip install openmm", essential=True)
-    failures = trial.answer["failures"]
     detail = str(trial.answer["version"])
-    if failures:
-        detail += f"; plug-ins that did not load: {'; '.join(failures)}"
+    # Those of platforms are told with the platform.
+    others = [f for f in trial.answer["failures"] if not any(p in f for p in _PLATFORM_REMEDIES)]
+    if others:
+        detail += f"; plug-ins that did not load: {'; '.join(others)}"
     return Finding(
         name="OpenMM", status=WORKS, detail=textwrap.shorten(detail, 400), essential=True
     )
 
 
-def _platform(name: str, trial: concurrent.futures.Future[_Trial] | None) -> Finding:
+def _platform(
+    name: str, trial: concurrent.futures.Future[_Trial] | None, failures: Sequence[str]
+) -> Finding:
     label = f"OpenMM platform {name}"
     # The Reference platform is the yardstick of every check.
     essential = name == "Reference"
@@ -282,7 +285,7 @@ def _platform(name: str, trial: concurrent.futures.Future[_Trial] | None) -> Fin
         return Finding(
             name=label,
             status=MISSING,
-            detail="not part of this OpenMM",
+            detail=_reason(name, failures),
             remedy=remedy,
             essential=essential,
         )
@@ -293,6 +296,15 @@ def _platform(name: str, trial: concurrent.futures.Future[_Trial] | None) -> Fin
     return Finding(
         name=label, status=BROKEN, detail=result.error, remedy=remedy, essential=essential
     )
+
+
+def _reason(name: str, failures: Sequence[str]) -> str:
+    """Why a platform is not offered."""
+    for failure in failures:
+        if f"OpenMM{name}." in failure:
+            # "Error loading library <path>: <reason>"
+            return f"did not load: {failure.rpartition(f'OpenMM{name}.')[2].partition(': ')[2]}"
+    return "not part of this OpenMM"
 
 
 def _torch_force(name: str, trial: _Trial) -> Finding:

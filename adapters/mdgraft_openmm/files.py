@@ -125,7 +125,7 @@ def check_box(system: openmm.System, box: np.ndarray) -> None:
     Raises
     ------
     InvalidInputError
-        If the box holds NaN or is not in reduced form.
+        If the box holds NaN, is not in reduced form, or is skewed and a force cannot take that.
     BoxTooSmallError
         If a cutoff exceeds half of the smallest diagonal element.
     """
@@ -147,6 +147,12 @@ def check_box(system: openmm.System, box: np.ndarray) -> None:
         )
     smallest = float(diagonal.min())
     for force in system.getForces():
+        if isinstance(force, openmm.NonbondedForce) and np.tril(box, -1).any():
+            if force.getNonbondedMethod() == openmm.NonbondedForce.Ewald:
+                raise InvalidInputError(
+                    f"box: {box.tolist()} nm is not rectangular, but {force.getName()} uses the "
+                    "method Ewald, which OpenMM has for rectangular boxes only; use PME instead"
+                )
         cutoff = _periodic_cutoff(force)
         if cutoff is not None and cutoff > 0.5 * smallest:
             raise BoxTooSmallError(
@@ -187,7 +193,9 @@ def _read_state(path: Path, trust: bool) -> tuple[np.ndarray, np.ndarray]:
 def _read_structure(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     reader = openmm.app.PDBFile if path.suffix.lower() == ".pdb" else openmm.app.PDBxFile
     try:
-        structure = reader(str(path))
+        # The readers leave a file that they opened themselves open when they fail.
+        with open(path, encoding="utf-8") as stream:
+            structure = reader(stream)
         positions = np.array(structure.getPositions(asNumpy=True)._value, float)
         vectors = structure.topology.getPeriodicBoxVectors()
     # The readers raise whatever their parsing runs into.

@@ -139,6 +139,7 @@ class OpenMMSimulation(AbstractSimulation):
             friction=config.friction,
             interval=interval,
             equilibration=config.equilibration,
+            barostat_frequency=config.barostat_frequency,
         )
 
     # Structure --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 from xml.etree.ElementTree import Element, fromstring
 
 import openmm
-
 from mdgraft import UnsupportedForceError
 from mdgraft.constraints.virtual_sites import (
     AbstractSite,
@@ -17,6 +16,7 @@ from mdgraft.constraints.virtual_sites import (
     SymmetrySite,
     VirtualSites,
 )
+
 from mdgraft_openmm._converter import number
 
 

@@ -16,9 +16,7 @@ from mdgraft.potentials.bonded import HarmonicAngle, HarmonicBond, PeriodicTorsi
 from torch import Tensor
 
 N = 7
-TRICLINIC = torch.tensor(
-    [[1.3, 0.0, 0.0], [0.3, 1.2, 0.0], [-0.4, 0.2, 1.1]], dtype=torch.float64
-)
+TRICLINIC = torch.tensor([[1.3, 0.0, 0.0], [0.3, 1.2, 0.0], [-0.4, 0.2, 1.1]], dtype=torch.float64)
 
 
 def _rows(rng: np.random.Generator, n: int, width: int) -> Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 
 import pytest
 import torch
 from mdgraft import (
     Frames,
-    InsufficientOverlapError,
     InvalidInputError,
-    MissingBoxError,
     Potential,
     WrongEnsembleError,
 )
 from mdgraft._units import BAR_NM3, BOLTZMANN, DALTON_PER_NM3
 from mdgraft.ensembles import (
-    Covariance,
     Density,
     Ensemble,
     Enthalpy,
@@ -28,17 +23,8 @@ from mdgraft.ensembles import (
     heat_capacity,
     isothermal_compressibility,
     moving_block_bootstrap,
-    per_frame_gradients,
     thermal_expansion,
 )
-from mdgraft.ensembles.per_frame import (
-    double_reverse_jacobian,
-    forward_jacobian,
-    per_frame_jacobian,
-    reverse_jacobian,
-)
-from mdgraft.ensembles.recompute import leaves_of, recompute
-from mdgraft.ensembles.selection import select_parameters
 from mdgraft.potentials import AbstractTerm
 from mdgraft.potentials.bonded import HarmonicBond
 from mdgraft.testsystems import HarmonicOscillators, IdealGas
@@ -532,139 +518,6 @@ def test_halves_agree():
         short.halves()
 
 
-# Per-frame gradients ------------------------------------------------------------------------------
-
-
-def test_per_frame_routes_are_equal():
-    potential, frames = bonded_potential(), chain_frames(6)
-
-    def function(batch):
-        energy = potential(batch.positions)
-        return energy, torch.stack([energy**2, batch.positions[:, 0, 0]], dim=-1)
-
-    names = ["bonds.k", "bonds.length"]
-    routes = [
-        route(potential, function, frames, names)
-        for route in (forward_jacobian, reverse_jacobian, double_reverse_jacobian)
-    ]
-    for first, second in zip(routes[0], routes[1], strict=True):
-        assert first.shape[0] == 6
-        assert first.shape[-1] == 6
-        assert torch.allclose(first, second, rtol=1e-12)
-    for first, second in zip(routes[0], routes[2], strict=True):
-        assert torch.allclose(first, second, rtol=1e-12)
-    r = (frames.positions[:, 1:] - frames.positions[:, :-1]).norm(dim=-1)
-    length = potential.values()["bonds.length"].detach()
-    gradients = per_frame_gradients(potential, frames, ["bonds.k"], batch_size=4)
-    assert torch.allclose(gradients, 0.5 * (r - length) ** 2, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("n_frames", "route"), [(200, "double_reverse"), (3, "reverse")])
-def test_the_cheaper_route_is_taken(n_frames, route, monkeypatch):
-    potential, frames = bonded_potential(20), chain_frames(n_frames, 20)
-    exact = forward_jacobian(potential, lambda b: (potential(b.positions),), frames, ["bonds.k"])[0]
-    other = {"double_reverse": "reverse", "reverse": "double_reverse"}[route]
-    monkeypatch.setattr(
-        f"mdgraft.ensembles.per_frame.{other}_jacobian",
-        lambda *_: pytest.fail(f"{n_frames} frames should take the other route"),
-    )
-    gradients = per_frame_gradients(potential, frames, ["bonds.k"], batch_size=200)
-    assert torch.allclose(gradients, exact, rtol=1e-12)
-
-
-class _Cut(torch.autograd.Function):
-    """Its backward pass gives numbers without a graph, as one written with NumPy does."""
-
-    @staticmethod
-    def forward(ctx, k, squared):
-        ctx.save_for_backward(squared)
-        return k * squared
-
-    @staticmethod
-    def backward(ctx, grad):
-        (squared,) = ctx.saved_tensors
-        return (grad.detach() * squared).sum(), None
-
-
-class _OnceOnly(_Cut):
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (squared,) = ctx.saved_tensors
-        return (grad * squared).sum(), None
-
-
-class _Opaque(AbstractTerm):
-    def __init__(self, function):
-        super().__init__(periodic=False)
-        self.function = function
-        self.add_parameter("k", torch.tensor(2.0, dtype=torch.float64), "kilojoule/mole")
-
-    def forward(self, positions, box, values, global_values):
-        return self.function.apply(values["k"], positions.square().sum(dim=(1, 2)))
-
-
-@pytest.mark.parametrize("function", [_Cut, _OnceOnly])
-def test_operations_without_second_derivatives_are_never_silently_zero(function):
-    potential = Potential({"opaque": _Opaque(function)}, n_particles=4)
-    frames = chain_frames(50)
-    with pytest.raises(RuntimeError, match="differentiable"):
-        double_reverse_jacobian(
-            potential, lambda b: (potential(b.positions),), frames, ["opaque.k"]
-        )
-    gradients = per_frame_gradients(potential, frames, ["opaque.k"])
-    assert torch.allclose(gradients[:, 0], frames.positions.square().sum(dim=(1, 2)))
-
-
-def test_tied_values_are_parameters_of_their_own():
-    potential, frames = bonded_potential(), chain_frames()
-    potential.tie("stiffness", {"bonds.k": (None, [1.0, 2.0, 3.0])}, value=500.0)
-    assert select_parameters(potential) == ["bonds.length", "tied.stiffness"]
-    ensemble = Ensemble(potential, frames, temperature=T)
-    estimate = ensemble.estimate(gyration)
-    average = ensemble.average(gyration)
-    (exact,) = torch.autograd.grad(average, [potential.get_parameter("tied.stiffness")])
-    assert torch.allclose(estimate.gradient["tied.stiffness"], exact, rtol=1e-9)
-    potential.freeze("*").unfreeze("tied.*")
-    assert list(ensemble.estimate(gyration).gradient) == ["tied.stiffness"]
-    frozen = ensemble.estimate(PotentialEnergy(potential), ["bonds.length"])
-    assert float(frozen.gradient["bonds.length"].abs().max()) > 0
-    assert not potential.get_parameter("bonds.length").requires_grad
-
-
-def test_patterns_select_parameters():
-    potential = bonded_potential()
-    assert select_parameters(potential, ["*.k"]) == ["bonds.k"]
-    assert select_parameters(potential, []) == []
-    potential.freeze("bonds.k")
-    assert select_parameters(potential) == ["bonds.length"]
-    with pytest.raises(InvalidInputError, match="matches no parameter"):
-        select_parameters(potential, ["bonds.depth"])
-    with pytest.raises(InvalidInputError, match="no parameter 'depth'"):
-        per_frame_jacobian(potential, lambda b: (b.positions,), chain_frames(2), ["depth"])
-
-
-def test_recompute_keeps_no_graph_and_every_derivative():
-    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    calls = []
-
-    def function():
-        calls.append(1)
-        return torch.sin(a) * a, torch.tensor(2.0)
-
-    y, constant = recompute(function)
-    assert len(leaves_of([y])) == 1
-    (first,) = torch.autograd.grad(y, [a], create_graph=True)
-    (second,) = torch.autograd.grad(first, [a], create_graph=True)
-    (third,) = torch.autograd.grad(second, [a])
-    s, c = math.sin(0.7), math.cos(0.7)
-    assert float(first) == pytest.approx(0.7 * c + s)
-    assert float(second) == pytest.approx(2 * c - 0.7 * s)
-    assert float(third) == pytest.approx(-3 * s - 0.7 * c)
-    assert float(constant) == 2.0
-    assert len(calls) >= 2
-
-
 # Precision, devices -------------------------------------------------------------------------------
 
 
@@ -680,164 +533,3 @@ def test_single_precision_potentials():
     assert rounded.dtype == torch.float32
     assert estimate.value.dtype == torch.float64
     assert torch.allclose(rounded.double(), exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
-
-
-# Overlap ------------------------------------------------------------------------------------------
-
-
-def test_lost_overlap_raises_and_can_be_inspected():
-    system, ensemble = oscillator(n_particles=10, n_frames=500)
-    set_parameter(system.potential, "wells.k", 3.0 * 700.0)
-    overlap = ensemble.overlap()
-    assert not overlap.ok
-    assert overlap.effective_sample_size < 50
-    for call in (ensemble.average, ensemble.estimate, ensemble.temperature_derivative):
-        with pytest.raises(
-            InsufficientOverlapError, match=r"effective sample size .* of 500 .*sample new"
-        ):
-            call(lambda f: f.positions[:, 0, 0])
-    set_parameter(system.potential, "wells.k", 700.0)
-    assert ensemble.overlap().ok
-    assert ensemble.overlap().effective_sample_size == 500.0
-
-
-def test_heavy_tails_raise_although_the_sample_size_is_large():
-    system, ensemble = oscillator(n_particles=2, n_frames=2000, gradient=Covariance(min_ess=0.0))
-    set_parameter(system.potential, "wells.k", 0.3 * 700.0)
-    assert ensemble.overlap().pareto_k > 0.7
-    with pytest.raises(InsufficientOverlapError, match="Pareto k"):
-        ensemble.average(first_coordinate)
-    lenient = dataclasses.replace(ensemble.gradient, max_pareto_k=math.inf)
-    ensemble.gradient = lenient
-    ensemble.average(first_coordinate)
-
-
-def test_thresholds_are_checked():
-    with pytest.raises(InvalidInputError, match="min_ess: got 2"):
-        Covariance(min_ess=2)
-    with pytest.raises(InvalidInputError, match="max_pareto_k: got 0"):
-        Covariance(max_pareto_k=0)
-    system, _ = oscillator(n_frames=10)
-    frames = system.sample(1000, generator=seeded(6))
-    strict = Ensemble(system.potential, frames, temperature=T, gradient=Covariance(min_ess=0.999))
-    set_parameter(system.potential, "wells.k", 730.0)
-    with pytest.raises(InsufficientOverlapError, match="wanted at least 999"):
-        strict.average(first_coordinate)
-
-
-def test_generating_energies_can_be_given():
-    system, ensemble = oscillator(n_frames=50)
-    set_parameter(system.potential, "wells.k", 710.0)
-    resumed = Ensemble(
-        system.potential,
-        ensemble.frames,
-        temperature=T,
-        generating_energies=ensemble.generating_energies,
-    )
-    assert torch.equal(resumed.average(first_coordinate), ensemble.average(first_coordinate))
-    assert float(ensemble.weights().sum()) == pytest.approx(1.0)
-
-
-# Bad input ----------------------------------------------------------------------------------------
-
-FRAMES = Frames(positions=torch.zeros(5, 1, 3, dtype=torch.float64))
-BOXED = dataclasses.replace(FRAMES, box=torch.eye(3, dtype=torch.float64).expand(5, 3, 3))
-
-
-@pytest.mark.parametrize(
-    ("frames", "options", "error", "message"),
-    [
-        (FRAMES, {"temperature": 0.0}, InvalidInputError, "temperature: got 0"),
-        (FRAMES, {"temperature": math.nan}, InvalidInputError, "temperature: got nan"),
-        (FRAMES, {"temperature": "warm"}, InvalidInputError, "temperature: got 'warm'"),
-        (FRAMES, {"batch_size": 0}, InvalidInputError, "batch_size: got 0"),
-        (FRAMES[:1], {}, InvalidInputError, "frames: got 1"),
-        (FRAMES, {"pressure": 1.0}, MissingBoxError, "no box, but a pressure"),
-        (BOXED, {"pressure": math.inf}, InvalidInputError, "pressure: got inf"),
-        (
-            dataclasses.replace(BOXED, sampled="NPT"),
-            {},
-            WrongEnsembleError,
-            "pass pressure= in bar",
-        ),
-        (
-            dataclasses.replace(BOXED, sampled="NVT"),
-            {"pressure": 1.0},
-            WrongEnsembleError,
-            r"constant volume \(NVT\)",
-        ),
-        (dataclasses.replace(FRAMES, sampled="NVE"), {}, WrongEnsembleError, "NVE"),
-        (
-            Frames(positions=torch.zeros(5, 2, 3)),
-            {},
-            InvalidInputError,
-            "have 2 particles, the potential 1",
-        ),
-        (
-            FRAMES,
-            {"generating_energies": torch.zeros(4)},
-            InvalidInputError,
-            "generating_energies: got shape",
-        ),
-        (
-            FRAMES,
-            {"generating_energies": torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0])},
-            InvalidInputError,
-            "not finite, the first is frame 1",
-        ),
-    ],
-)
-def test_bad_states_are_refused(frames, options, error, message):
-    potential = HarmonicOscillators(1, k=1.0).potential
-    with pytest.raises(error, match=message):
-        Ensemble(potential, frames, **{"temperature": T, **options})
-
-
-@pytest.mark.parametrize(
-    ("observable", "message"),
-    [
-        (lambda f: f.positions.mean(), r"observable: returned shape \(\)"),
-        (lambda f: f.positions[0, 0], r"observable: returned shape \(3,\)"),
-        (lambda f: 1.0, "observable: returned float"),
-        (lambda f: f.positions[:, 0, 0] + 0j, "real numbers"),
-    ],
-)
-def test_bad_observables_are_refused(observable, message):
-    _, ensemble = oscillator(n_frames=20)
-    for call in (ensemble.average, ensemble.estimate):
-        with pytest.raises(InvalidInputError, match=message):
-            call(observable)
-
-
-def test_bad_requests_are_refused():
-    _, ensemble = oscillator(n_frames=20)
-    with pytest.raises(InvalidInputError, match="matches no parameter"):
-        ensemble.estimate(first_coordinate, ["wells.depth"])
-    with pytest.raises(WrongEnsembleError, match="pressure: is None"):
-        ensemble.pressure_derivative(first_coordinate)
-    with pytest.raises(MissingBoxError, match="which Volume needs"):
-        ensemble.average(Volume())
-    boxed = Ensemble(ensemble.potential, BOXED, temperature=T, pressure=1.0)
-    with pytest.raises(WrongEnsembleError, match="all have the same volume"):
-        boxed.pressure_derivative(Volume())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: Density(0.0), "total_mass: got 0.0"),
-        (lambda p: PotentialEnergy(p, n_molecules=0), "n_molecules: got 0"),
-        (lambda p: Enthalpy(p, math.nan), "pressure: got nan"),
-        (lambda p: Stack(()), "observables: got none"),
-    ],
-)
-def test_bad_observable_arguments_are_refused(make, message):
-    with pytest.raises(InvalidInputError, match=message):
-        make(bonded_potential())
-
-
-def test_infinite_energies_are_refused():
-    system, ensemble = oscillator(n_frames=20)
-    set_parameter(system.potential, "wells.k", math.inf)
-    with pytest.raises(InvalidInputError, match="energy that is not finite"):
-        ensemble.average(first_coordinate)

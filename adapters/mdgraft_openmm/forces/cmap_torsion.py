@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import openmm
 import torch
-
 from mdgraft.potentials.cmap import CMAPTorsion
+
 from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,

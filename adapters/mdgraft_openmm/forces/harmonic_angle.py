@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import openmm
-
 from mdgraft import ParameterMismatchError
 from mdgraft.potentials.bonded import HarmonicAngle
+
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import openmm
-
 from mdgraft import InvalidInputError
 from mdgraft.potentials.bonded import PeriodicTorsion
+
 from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import openmm
-
 from mdgraft.potentials.bonded import RBTorsion
+
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
 
 _COEFFICIENTS = ("c0", "c1", "c2", "c3", "c4", "c5")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, MissingBoxError
 from mdgraft.kernels.periodic import reciprocal
-from mdgraft.potentials.geometry import direction
+from mdgraft.potentials.geometry import direction, rescaled, vanishes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,11 @@ class _AbstractGroup(nn.Module, abc.ABC):
 
 
 def _combined(positions: Tensor, parents: Tensor, weights: Tensor) -> Tensor:
-    combined: Tensor = (positions[:, parents] * weights.unsqueeze(-1)).sum(dim=-2)
+    places = positions[:, parents]
+    first = places[..., 0, :]
+    # Relative to one parent, so that weights that add up to zero lose no digits.
+    relative = (places - first.unsqueeze(-2)) * weights.unsqueeze(-1)
+    combined: Tensor = relative.sum(dim=-2) + weights.sum(dim=-1, keepdim=True) * first
     return combined
 
 
@@ -169,10 +173,11 @@ class _LocalCoordinates(_AbstractGroup):
 
     def forward(self, positions: Tensor, box: Tensor | None) -> Tensor:
         origin = _combined(positions, self.parents, self.origin_weights)
-        along_x = _combined(positions, self.parents, self.x_weights)
-        along_y = _combined(positions, self.parents, self.y_weights)
+        along_x = rescaled(_combined(positions, self.parents, self.x_weights))
+        along_y = rescaled(_combined(positions, self.parents, self.y_weights))
+        cross = torch.linalg.cross(along_x, along_y)
         x = direction(along_x)
-        z = direction(torch.linalg.cross(along_x, along_y))
+        z = direction(torch.where(vanishes(cross).unsqueeze(-1), 0.0, cross))
         y = torch.linalg.cross(z, x)
         place = self.local_position.unsqueeze(-1) * torch.stack([x, y, z], dim=-2)
         return origin + place.sum(dim=-2)

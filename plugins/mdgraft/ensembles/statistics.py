@@ -137,10 +137,13 @@ def standard_error(influence: Tensor) -> Tensor:
     - for skewed series, such as products of fluctuations, estimate and error are correlated:
       Hall's second-order critical point of the two-sided t interval,
       ``1 + [(z^2 + 3)/4 + s^2 (z^4 + 2 z^2 - 3)/18 - k (z^2 - 3)/12] / n`` with skewness s and
-      excess kurtosis k (Hall, The Bootstrap and Edgeworth Expansion (1992), section 2.6), where
-      ``s^2`` is doubled since few samples underestimate it, and multiplied by
-      ``(3/2 - 1/(2 g))^2``, the gain in skewness by correlation of the square of an
-      Ornstein-Uhlenbeck process.
+      excess kurtosis k (Hall, The Bootstrap and Edgeworth Expansion (1992), section 2.6).
+
+    The sample skewness of few frames is both noisy, where tails are heavy, and too small, where
+    the distribution is skewed. ``s^2`` is therefore replaced by ``4 max(0, s^2 - 0.4 k)``, which
+    vanishes for symmetric tails, times ``(3/2 - 1/(2 g))^2``, the gain in skewness by correlation
+    of the square of an Ornstein-Uhlenbeck process. The two numbers were chosen for the coverage
+    of gradients of harmonic averages over such processes.
 
     Parameters
     ----------
@@ -170,11 +173,10 @@ def _standard_error(columns: Tensor) -> tuple[Tensor, Tensor]:
     kurtosis = centred.pow(4).mean(dim=0) / safe.square() - 3.0
     widened = g / (1.0 - window / n).clamp(min=0.2)
     z2 = _Z * _Z
-    gain = 2.0 * (1.5 - 0.5 / widened).square()
+    gain = 4.0 * (1.5 - 0.5 / widened).square()
+    skewed = gain * (skewness_squared - 0.4 * kurtosis).clamp(min=0.0)
     hall = (
-        (z2 + 3.0) / 4.0
-        + gain * skewness_squared * (z2 * z2 + 2.0 * z2 - 3.0) / 18.0
-        - kurtosis * (z2 - 3.0) / 12.0
+        (z2 + 3.0) / 4.0 + skewed * (z2 * z2 + 2.0 * z2 - 3.0) / 18.0 - kurtosis * (z2 - 3.0) / 12.0
     ) * (widened / n)
     student = (z2 + 1.0) / 4.0 * (window / n)
     error = torch.sqrt(widened * variance / n) * (1.0 + hall + student).clamp(min=1.0)

@@ -32,9 +32,10 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first free ``#name.1#``, ``#name.2#``, ..."""
+    """Rename a folder to the first free ``name.1``, ``name.2``, ..."""
+    folder = folder.resolve()
     number = 1
-    while (backup := folder.with_name(f"#{folder.name}.{number}#")).exists():
+    while (backup := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     folder.rename(backup)
     return backup

@@ -52,7 +52,8 @@ class SystemConfig(_Table):
         serialised System), ``positions`` (a serialised State, or a PDB or mmCIF file) and, when
         atoms are selected by name, ``topology`` (a PDB or mmCIF file).
     temperature, pressure
-        Thermodynamic state [K], [bar]; no pressure means constant volume.
+        Thermodynamic state [K], [bar]; no pressure means constant volume, or the pressure of the
+        barostat that the system has.
     frames
         Frames drawn each time the system is sampled.
     interval
@@ -61,6 +62,8 @@ class SystemConfig(_Table):
         Time to equilibrate before each sampling [ps].
     timestep, friction
         Of the Langevin integrator [ps], [1/ps].
+    barostat_frequency
+        Time steps between volume moves, unless the system has a barostat of its own.
     block_frames
         Frames stored at a time; what an interrupted run may lose.
     platform, properties
@@ -81,6 +84,7 @@ class SystemConfig(_Table):
     equilibration: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
     timestep: Positive = 0.002
     friction: Positive = 1.0
+    barostat_frequency: Count = 25
     block_frames: Count = 100
     platform: str | None = None
     properties: dict[str, str] = Field(default_factory=dict)
@@ -303,6 +307,25 @@ class FitConfig(_Table):
             if name not in self.systems:
                 raise ValueError(f"{key}: no system {name!r}; there are {sorted(self.systems)}")
 
+    def _check_gas(self, key: str, target: TargetConfig) -> None:
+        if (target.gas is None) == (target.gas_energy is None):
+            raise ValueError(
+                f"{key}: a heat of vaporisation needs either gas (a system that holds the "
+                "molecule alone) or gas_energy (its constant energy in kJ/mol, 0 for a rigid "
+                "molecule without interactions within itself)"
+            )
+        if target.gas is None:
+            return
+        self._known_systems(f"{key}.gas", [target.gas])
+        if target.gas == target.system:
+            raise ValueError(f"{key}.gas: got {target.gas!r}, the liquid itself")
+        liquid, gas = self.systems[target.system], self.systems[target.gas]
+        if gas.temperature != liquid.temperature:
+            raise ValueError(
+                f"{key}.gas: systems.{target.gas} is at {gas.temperature:g} K, "
+                f"systems.{target.system} at {liquid.temperature:g} K"
+            )
+
     def _check_target(self, key: str, target: TargetConfig) -> None:
         self._known_systems(f"{key}.system", [target.system])
         kind, system = target.observable, self.systems[target.system]
@@ -316,22 +339,10 @@ class FitConfig(_Table):
                 f"{key}.unit: got {target.unit!r}, wanted one of {', '.join(UNITS[kind][1])}"
             )
         if kind == "heat_of_vaporization":
-            if (target.gas is None) == (target.gas_energy is None):
-                raise ValueError(
-                    f"{key}: a heat of vaporisation needs either gas (a system that holds the "
-                    "molecule alone) or gas_energy (its constant energy in kJ/mol, 0 for a rigid "
-                    "molecule without interactions within itself)"
-                )
-            self._known_systems(f"{key}.gas", [target.gas] if target.gas else [])
-            if target.gas == target.system:
-                raise ValueError(f"{key}.gas: got {target.gas!r}, the liquid itself")
+            self._check_gas(key, target)
         elif target.gas is not None or target.gas_energy is not None:
             raise ValueError(f"{key}: gas and gas_energy belong to a heat_of_vaporization only")
-        if kind in ("density", "heat_of_vaporization") and system.pressure is None:
-            raise ValueError(
-                f"{key}: {kind} needs constant pressure, but systems.{target.system} has no pressure"
-            )
-        if system.rigid and kind in ("density", "volume", "heat_of_vaporization"):
+        if system.rigid and kind != "potential_energy":
             raise ValueError(f"{key}: systems.{target.system} is rigid and not sampled")
 
     def digest(self) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mdgraft._errors import ConfigurationError
-from mdgraft.fitting._files import write_atomically
+from mdgraft.fitting._files import write_atomically, write_text_atomically
 from mdgraft.fitting.config import SystemConfig
 from mdgraft.fitting.host import AbstractSimulation
 from mdgraft.frames import Frames
@@ -41,13 +42,22 @@ class SampleStore:
         self.simulation = simulation
         self.config = config
 
-    def draw(self, number: int, progress: Progress | None = None) -> Frames:
+    def draw(
+        self, number: int, parameters: Mapping[str, float], progress: Progress | None = None
+    ) -> Frames:
         """Draw set ``number``, or load what of it exists already.
 
-        It starts from the end of set ``number - 1``, which must exist.
+        It starts from the end of set ``number - 1``, which must exist. ``parameters`` are those
+        that the potential has now.
         """
         folder = self.folder / f"set_{number:04d}"
+        label = folder / "parameters.json"
+        text = json.dumps(dict(parameters))
+        if folder.exists() and not (label.exists() and label.read_text() == text):
+            shutil.rmtree(folder)  # Of a process that died before it wrote down anything else.
         folder.mkdir(parents=True, exist_ok=True)
+        if not label.exists():
+            write_text_atomically(label, text)
         state, interval = self._start(folder, number)
         parts: list[Frames] = []
         done, wanted, index = 0, self.config.frames, 0

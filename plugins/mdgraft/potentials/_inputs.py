@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +54,11 @@ def as_frames(
 
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     try:
-        tensor = torch.as_tensor(
-            plain(value), device=None if torch.is_tensor(value) else like.device
-        )
+        numbers = plain(value)
+        if isinstance(numbers, list | tuple):
+            # Torch would round Python's numbers to its default precision, which is single.
+            numbers = np.asarray(numbers)
+        tensor = torch.as_tensor(numbers, device=None if torch.is_tensor(value) else like.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidInputError(f"{name}: cannot be read as numbers in nm ({error})") from error
     if tensor.device != like.device:

@@ -58,7 +58,7 @@ def polar_angle(y: Tensor, x: Tensor, undefined: float) -> Tensor:
     return torch.where(zero, undefined, angle)
 
 
-def _vanishes(cross: Tensor) -> Tensor:
+def vanishes(cross: Tensor) -> Tensor:
     """Whether the vector product of `rescaled` vectors is nothing but rounding."""
     return cross.detach().abs().amax(dim=-1) <= 4.0 * torch.finfo(cross.dtype).eps
 
@@ -71,7 +71,7 @@ def _bend(
     first = rescaled(displacement(positions, box, i, j))
     second = rescaled(displacement(positions, box, k, j))
     cross, dot = torch.linalg.cross(first, second), (first * second).sum(dim=-1)
-    straight = _vanishes(cross)
+    straight = vanishes(cross)
     sine = safe_norm(torch.where(straight.unsqueeze(-1), 0.0, cross))
     return polar_angle(sine, dot, 0.0), straight, cross, dot
 
@@ -132,7 +132,7 @@ def dihedral(positions: Tensor, box: Tensor | None, particles: Tensor) -> Tensor
     b = rescaled(displacement(positions, box, j, k))
     c = rescaled(displacement(positions, box, m, k))
     ab, bc = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
-    undefined = _vanishes(ab) | _vanishes(bc)
+    undefined = vanishes(ab) | vanishes(bc)
     # phi = atan2(|b| a.(b x c), (a x b).(b x c))
     y = torch.where(undefined, 0.0, safe_norm(b) * (a * bc).sum(dim=-1))
     x = torch.where(undefined, 0.0, (ab * bc).sum(dim=-1))
