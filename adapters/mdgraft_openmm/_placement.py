@@ -6,8 +6,8 @@ import copy
 
 import numpy as np
 import openmm
-
 from mdgraft import InvalidInputError
+
 from mdgraft_openmm._converter import number
 
 _VOLUME = 0.05  # [nm^3] a particle gets in an open system

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mdgraft
 import numpy as np
 import openmm
 import torch
-
-import mdgraft
 from mdgraft import InvalidInputError, MDGraftError, Potential
 from mdgraft.testing import (
     Comparison,
@@ -23,6 +22,7 @@ from mdgraft.testing import (
     Tolerances,
     compare_with_host,
 )
+
 from mdgraft_openmm._adapter import energy_forces
 from mdgraft_openmm._converter import number
 from mdgraft_openmm._placement import generate_positions

@@ -10,9 +10,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 WORKS, BROKEN, MISSING = "works", "broken", "missing"
@@ -215,13 +217,22 @@ class _Trial:
 
 
 def _run(code: str, timeout: float) -> _Trial:
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return _Trial(ok=False, answer={}, error=f"no answer within {timeout:g} s")
+    # A file, since TorchScript wants to read the source; in a folder that shadows no module.
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "probe.py"
+        script.write_text(code, encoding="utf-8")
+        command = [sys.executable, "-W", "ignore", str(script)]
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return _Trial(ok=False, answer={}, error=f"no answer within {timeout:g} s")
     if done.returncode == 0:
         try:
             answer = json.loads(done.stdout.strip().splitlines()[-1])

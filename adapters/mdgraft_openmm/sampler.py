@@ -48,9 +48,7 @@ class _Streams:
     def derive(*key: int) -> _Streams:
         # OpenMM takes 0 as "choose a random seed", so seeds start at 1.
         words = np.random.SeedSequence(key).generate_state(3) % (2**31 - 2) + 1
-        return _Streams(
-            integrator=int(words[0]), barostat=int(words[1]), velocities=int(words[2])
-        )
+        return _Streams(integrator=int(words[0]), barostat=int(words[1]), velocities=int(words[2]))
 
 
 class Sampler:
@@ -353,7 +351,9 @@ class Sampler:
     def _adopt(self, barostat: Any, wanted: float | None) -> float:
         kind = type(barostat).__name__
         if kind not in _BAROSTATS:
-            raise InvalidInputError(f"system: a {kind} cannot be used here; use a MonteCarloBarostat")
+            raise InvalidInputError(
+                f"system: a {kind} cannot be used here; use a MonteCarloBarostat"
+            )
         self._agree(kind, number(barostat.getDefaultTemperature()))
         given = barostat.getDefaultPressure()
         given = given._value if hasattr(given, "_value") else given
@@ -420,9 +420,7 @@ class Sampler:
         for force in system.getForces():
             if hasattr(force, "setRandomNumberSeed"):
                 force.setRandomNumberSeed(seeds.barostat)
-        integrator = openmm.LangevinMiddleIntegrator(
-            self.temperature, self.friction, self.timestep
-        )
+        integrator = openmm.LangevinMiddleIntegrator(self.temperature, self.friction, self.timestep)
         integrator.setRandomNumberSeed(seeds.integrator)
         try:
             context = openmm.Context(system, integrator, self._platform, self._properties)
@@ -480,7 +478,9 @@ class Sampler:
         try:
             x = np.array(_plain(positions, "nanometer"), dtype=float)
         except (TypeError, ValueError) as error:
-            raise InvalidInputError(f"positions: cannot be read as numbers in nm ({error})") from None
+            raise InvalidInputError(
+                f"positions: cannot be read as numbers in nm ({error})"
+            ) from None
         if x.shape != (self.n_particles, 3):
             raise InvalidInputError(
                 f"positions: got shape {x.shape}, wanted ({self.n_particles}, 3) for the system's "
@@ -543,8 +543,12 @@ def _count(name: str, value: Any, least: int) -> int:
 
 
 def _vectors(box: Any) -> np.ndarray:
-    vectors = np.array(_plain(box, "nanometer") if not isinstance(box, list | tuple) else
-                       [_plain(row, "nanometer") for row in box], dtype=float)
+    vectors = np.array(
+        _plain(box, "nanometer")
+        if not isinstance(box, list | tuple)
+        else [_plain(row, "nanometer") for row in box],
+        dtype=float,
+    )
     if vectors.shape != (3, 3):
         raise InvalidInputError(
             f"box: got shape {vectors.shape}, wanted (3, 3) with box vectors as rows"

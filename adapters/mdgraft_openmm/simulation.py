@@ -176,9 +176,7 @@ class OpenMMSimulation(AbstractSimulation):
         return x
 
 
-def open_simulation(
-    config: SystemConfig, folder: Path, *, trust: bool = False
-) -> OpenMMSimulation:
+def open_simulation(config: SystemConfig, folder: Path, *, trust: bool = False) -> OpenMMSimulation:
     """Open a system for `mdgraft.fitting`; see `OpenMMSimulation`."""
     return OpenMMSimulation(config, folder, trust=trust)
 

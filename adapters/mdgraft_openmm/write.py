@@ -111,8 +111,8 @@ def _refuse_structural(name: str, changes: list[str]) -> None:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         raise ParameterMismatchError(
             f"{name}: a live Context cannot take over changes of {', '.join(changes[:3])}{more}; "
-            "write into the System, call context.reinitialize(preserveState=True), then write into the "
-            "Context, which keeps its old global parameters"
+            "write into the System, call context.reinitialize(preserveState=True), then write into "
+            "the Context, which keeps its old global parameters"
         )
 
 

@@ -163,6 +163,7 @@ def test_nothing_is_written_when_anything_is_wrong():
     system = make_system()
     before = serialize(system)
     for name, value, message in (
+        ("HarmonicBondForce.length", -0.1, "HarmonicBondForce.length: entry 1 is -0.1 nm"),
         ("NonbondedForce.charge", torch.nan, "NonbondedForce.charge: holds NaN or infinity"),
         ("NonbondedForce.sigma", -0.1, r"NonbondedForce.sigma: entry 1 is -0.1"),
         ("NonbondedForce.exception_epsilon", -1.0, "OpenMM accepts only values that are not neg"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -177,3 +178,39 @@ def test_recompute_keeps_no_graph_and_every_derivative():
     assert third.item() == pytest.approx(-3 * s - 0.7 * c)
     assert constant.item() == 2.0
     assert len(calls) >= 2
+
+
+class _Packed:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_graphs_of_all_batches_never_coexist():
+    """What autograd holds on to: the peak over forward and backward is that of one batch."""
+    potential, frames = bonded_potential(), chain_frames(30)
+    held = weakref.WeakSet()
+    peak = 0
+
+    def pack(tensor):
+        nonlocal peak
+        packed = _Packed(tensor)
+        held.add(packed)
+        peak = max(peak, sum(p.tensor.numel() for p in held))
+        return packed
+
+    def wide(batch):
+        scale = potential.values()["bonds.k"].sum() / 3600
+        row = batch.positions.reshape(len(batch), -1).repeat(1, 100)
+        return torch.sin(scale * row).mean(dim=1)
+
+    def run(batch_size):
+        nonlocal peak
+        peak = 0
+        ensemble = Ensemble(potential, frames, temperature=T, batch_size=batch_size)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
+            ensemble.average(wide).backward()
+        return peak
+
+    whole, small = run(30), run(1)
+    assert whole > 30 * 1200
+    assert small < whole / 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import openmm
+from mdgraft import ParameterMismatchError
 from mdgraft.potentials.bonded import HarmonicBond
 
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
@@ -15,9 +16,7 @@ class HarmonicBondConverter(AbstractConverter):
         """Build the term."""
         rows = [force.getBondParameters(i) for i in range(force.getNumBonds())]
         return HarmonicBond(
-            checked_indices(
-                force.getName(), rows, 0, 1, n_particles=host.system.getNumParticles()
-            ),
+            checked_indices(force.getName(), rows, 0, 1, n_particles=host.system.getNumParticles()),
             length=column(rows, 2),
             k=column(rows, 3),
             periodic=force.usesPeriodicBoundaryConditions(),
@@ -28,3 +27,12 @@ class HarmonicBondConverter(AbstractConverter):
         for i in range(force.getNumBonds()):
             p1, p2, _, _ = force.getBondParameters(i)
             force.setBondParameters(i, p1, p2, values["length"][i], values["k"][i])
+
+    def check(self, values: Values, force: openmm.HarmonicBondForce) -> None:
+        """Refuse lengths that no Context accepts."""
+        if (values["length"] < 0.0).any():
+            i = int(values["length"].argmin())
+            raise ParameterMismatchError(
+                f"{force.getName()}.length: entry {i} is {values['length'][i]:g} nm; OpenMM "
+                "accepts only lengths that are not negative. Clamp it before writing"
+            )

@@ -162,8 +162,7 @@ class ParameterConfig(_Table):
             raise ValueError(f"bounds: got [{lower:g}, {upper:g}], wanted the lower one first")
         if self.initial is not None and not lower <= self.initial <= upper:
             raise ValueError(
-                f"initial: got {self.initial:g}, which is outside the bounds "
-                f"[{lower:g}, {upper:g}]"
+                f"initial: got {self.initial:g}, which is outside the bounds [{lower:g}, {upper:g}]"
             )
         return self
 
@@ -334,7 +333,11 @@ class FitConfig(_Table):
                 f"{key}.observable: got {kind!r}, wanted one of {', '.join(OBSERVABLES)} or "
                 "module:function"
             )
-        if kind in UNITS and target.unit is not None and _unit_key(target.unit) not in UNITS[kind][1]:
+        if (
+            kind in UNITS
+            and target.unit is not None
+            and _unit_key(target.unit) not in UNITS[kind][1]
+        ):
             raise ValueError(
                 f"{key}.unit: got {target.unit!r}, wanted one of {', '.join(UNITS[kind][1])}"
             )

@@ -85,9 +85,7 @@ class Objective:
         self._on_row = on_row
         self._requests = requests(config)
         self._functions = {
-            name: [
-                load_function(f, source, simulations[name].potential) for f in request.functions
-            ]
+            name: [load_function(f, source, simulations[name].potential) for f in request.functions]
             for name, request in self._requests.items()
         }
         self._stores = {

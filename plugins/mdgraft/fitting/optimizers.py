@@ -116,9 +116,7 @@ def gauss_newton(objective: Objective, start: np.ndarray, *, max_step: float = 0
             here = trial
 
 
-def _pooled(
-    objective: Objective, here: Evaluation
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pooled(objective: Objective, here: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residuals ``(K,)``, their Jacobian ``(K, P)`` and standard errors ``(K,)`` at a point."""
     # Of each set of frames, the evaluation that is nearest to this point speaks.
     x = objective.point(here)

@@ -189,7 +189,7 @@ def _particles(
         if simulation.atoms is None:
             raise ConfigurationError(
                 f"{key}.select.{criterion}: system {system!r} has no topology; add one to its "
-                "files, such as topology = \"structure.pdb\""
+                'files, such as topology = "structure.pdb"'
             )
         names = getattr(simulation.atoms, source)
         unknown = set(wanted) - set(names)

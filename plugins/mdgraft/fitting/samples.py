@@ -84,9 +84,7 @@ class SampleStore:
         folder = self.folder / f"set_{number:04d}"
         paths = sorted(folder.glob("block_*.npz"))
         if not paths:
-            raise ConfigurationError(
-                f"{folder}: holds no frames; start again without --resume"
-            )
+            raise ConfigurationError(f"{folder}: holds no frames; start again without --resume")
         return Frames.concatenate([_load_block(path)[0] for path in paths])
 
     def prune(self, number: int) -> None:

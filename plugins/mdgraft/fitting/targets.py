@@ -96,9 +96,7 @@ def _parts(
     return [(1.0, own[target.observable])], 0.0
 
 
-def load_function(
-    reference: str, folder: Path, potential: Potential
-) -> Callable[[Frames], Tensor]:
+def load_function(reference: str, folder: Path, potential: Potential) -> Callable[[Frames], Tensor]:
     """Import a user's observable ``module:function``; its module may lie in ``folder``.
 
     Raises
