@@ -54,7 +54,8 @@ def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    targets = [found.partition("#")[0] for found in re.findall(r"\]\(([^)\s]+)\)", prose)]
+    found = [*re.findall(r"\]\(([^)\s]+)\)", prose), *re.findall(r'src="([^"]+)"', prose)]
+    targets = [link.partition("#")[0] for link in found]
     broken = [t for t in targets if t and "://" not in t and not (page.parent / t).exists()]
     assert broken == []
 

@@ -33,4 +33,5 @@ def decorrelation_interval(series: np.ndarray) -> float:
     says nothing about correlations as long as itself.
     """
     kept = series[:, series.shape[1] // 5 :]
-    return min(max(statistical_inefficiency(row) for row in kept), kept.shape[1] / 5)
+    slowest = max(statistical_inefficiency(row) for row in kept)
+    return float(min(slowest, kept.shape[1] / 5))

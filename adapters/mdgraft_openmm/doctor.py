@@ -276,8 +276,9 @@ def _openmm(trial: _Trial) -> Finding:
     if not trial.ok:
         return _failed("OpenMM", "openmm", trial, "pip install openmm", essential=True)
     detail = str(trial.answer["version"])
-    # Those of platforms are told with the platform.
-    others = [f for f in trial.answer["failures"] if not any(p in f for p in _PLATFORM_REMEDIES)]
+    # Those of platforms are told with the platform; openmm-torch loads only after torch.
+    elsewhere = (*_PLATFORM_REMEDIES, "OpenMMTorch")
+    others = [f for f in trial.answer["failures"] if not any(p in f for p in elsewhere)]
     if others:
         detail += f"; plug-ins that did not load: {'; '.join(others)}"
     return Finding(

@@ -218,7 +218,7 @@ class Sampler:
             self._state = self.equilibrate(positions)
         elif positions is not None:
             raise InvalidInputError(
-                "positions: this sampler is under way already; make a new Sampler to start elsewhere"
+                "positions: this sampler is under way; make a new Sampler to start elsewhere"
             )
         if self.interval is None:
             self.interval = self.measure_interval(self._state)
@@ -360,7 +360,7 @@ class Sampler:
         values = {float(p) for p in np.atleast_1d(np.array(given, dtype=float))}
         if len(values) != 1:
             raise InvalidInputError(
-                f"system: the {kind} has different pressures along the axes ({sorted(values)} bar), "
+                f"system: the {kind} has different pressures along the axes, {sorted(values)} bar, "
                 "which is not an NPT ensemble of one pressure"
             )
         present = values.pop()

@@ -102,9 +102,10 @@ def print_check(report: Any) -> None:
         style="dim",
     )
     counts = {s: sum(r.status == s for r in report.comparisons) for s in _COLOURS}
-    told = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+    told = f"{len(report.comparisons)} comparisons: "
+    told += ", ".join(f"{status} {n}" for status, n in counts.items() if n)
     verdict = "the graft agrees with OpenMM" if report.agrees else "THE GRAFT DIFFERS FROM OPENMM"
-    console.print(f"{verdict}: {told}; {report.seconds:.1f} s")
+    console.print(f"{verdict}; {told}; {report.seconds:.1f} s")
 
 
 def print_doctor(report: Any) -> None:
@@ -128,7 +129,7 @@ def print_doctor(report: Any) -> None:
 def print_fit(result: Any) -> None:
     """Show the result of a fit, which knows its own summary."""
     console = _console()
-    console.print(result.summary())
+    console.print(escape(result.summary()))
 
 
 def _console() -> Console:

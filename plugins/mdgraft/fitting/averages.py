@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
+from mdgraft._types import Observable
 from mdgraft._units import BAR_NM3, BOLTZMANN, DALTON_PER_NM3
 from mdgraft.ensembles import Covariance, Ensemble, Overlap, _influence
 from mdgraft.ensembles.per_frame import per_frame_gradients
@@ -105,7 +106,7 @@ class SampledSystem:
         return self._covariance.overlap(self._log_weights())
 
     def averages(
-        self, simple: Sequence[str], functions: Sequence[Callable[[Frames], Tensor]]
+        self, simple: Sequence[str], functions: Sequence[Observable]
     ) -> tuple[list[Average], list[Average]]:
         """Averages of observables.
 

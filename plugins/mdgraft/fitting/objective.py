@@ -112,7 +112,7 @@ class Objective:
     @property
     def start(self) -> np.ndarray:
         """Scaled starting point ``(P,)``."""
-        return np.array([t.initial for t in self.trainables]) / self.scale
+        return np.asarray(np.array([t.initial for t in self.trainables]) / self.scale)
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ class Objective:
 
     def point(self, evaluation: Evaluation) -> np.ndarray:
         """Scaled parameters ``(P,)`` of an evaluation."""
-        return np.array([evaluation.parameters[n] for n in self.names]) / self.scale
+        return np.asarray(np.array([evaluation.parameters[n] for n in self.names]) / self.scale)
 
     # Residuals ----------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Objective:
             [evaluation.gradients[name][p] / target.uncertainty for p in self.names]
             for name, target in self.config.targets.items()
         ]
-        return np.array(rows) * self.scale
+        return np.asarray(np.array(rows) * self.scale)
 
     def loss(self, evaluation: Evaluation) -> float:
         """Half the sum of the squared residuals."""

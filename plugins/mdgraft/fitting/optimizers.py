@@ -16,6 +16,9 @@ from mdgraft.fitting.config import OptimizerConfig
 from mdgraft.fitting.journal import Evaluation
 from mdgraft.fitting.objective import Objective
 
+# What scipy's stubs say depends on whether they are installed.
+_scipy: Any = scipy.optimize
+
 #: Runs from scaled parameters ``(P,)`` until the objective ends it or it finds nothing better.
 Optimizer = Callable[[Objective, np.ndarray], None]
 
@@ -25,8 +28,10 @@ _MINIMIZE = (
     *("Nelder-Mead", "Powell", "CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "COBYLA", "COBYQA"),
     *("SLSQP", "trust-constr", "dogleg", "trust-ncg", "trust-exact", "trust-krylov"),
 )
-_WITH_BOUNDS = ("Nelder-Mead", "L-BFGS-B", "TNC", "SLSQP", "Powell", "trust-constr", "COBYLA")
-_WITH_BOUNDS += ("COBYQA",)
+_WITH_BOUNDS = (
+    *("Nelder-Mead", "L-BFGS-B", "TNC", "SLSQP", "Powell", "trust-constr", "COBYLA"),
+    "COBYQA",
+)
 _WITHOUT_GRADIENT = ("Nelder-Mead", "Powell", "COBYLA", "COBYQA")
 _WITH_HESSIAN = ("Newton-CG", "dogleg", "trust-ncg", "trust-exact", "trust-krylov", "trust-constr")
 
@@ -45,7 +50,7 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     if package == "torch" and method:
         return _torch_optimizer(method, config.options)
     if config.method == "scipy.least_squares":
-        _check_options(scipy.optimize.least_squares, config, ("fun", "x0", "jac", "bounds"))
+        _check_options(_scipy.least_squares, config, ("fun", "x0", "jac", "bounds"))
         return lambda objective, start: _least_squares(objective, start, config.options)
     names = {name.lower(): name for name in _MINIMIZE}
     if package == "scipy" and method.lower() in names:
@@ -100,7 +105,7 @@ def gauss_newton(objective: Objective, start: np.ndarray, *, max_step: float = 0
         low, high = np.maximum(lower - x, -radius), np.minimum(upper - x, radius)
         # A parameter at its bound has room on one side only; scipy wants some on both.
         high = np.maximum(high, low + 1e-12)
-        step = scipy.optimize.lsq_linear(jacobian, -residuals, bounds=(low, high)).x
+        step = _scipy.lsq_linear(jacobian, -residuals, bounds=(low, high)).x
         trial = objective.evaluate(x + step)
         predicted = residuals + jacobian @ step
         if not trial.resampled and objective.within(predicted, errors):
@@ -158,8 +163,8 @@ def _loss_error(objective: Objective, evaluation: Evaluation) -> float:
 
 
 def _least_squares(objective: Objective, start: np.ndarray, options: dict[str, Any]) -> None:
-    bounds = {} if options.get("method") == "lm" else {"bounds": objective.bounds}
-    scipy.optimize.least_squares(
+    bounds: dict[str, Any] = {} if options.get("method") == "lm" else {"bounds": objective.bounds}
+    _scipy.least_squares(
         lambda x: objective.residuals(objective.evaluate(x)),
         np.clip(start, *objective.bounds),
         jac=lambda x: objective.jacobian(objective.evaluate(x)),
@@ -173,20 +178,22 @@ def _minimize(
 ) -> None:
     def gradient(x: np.ndarray) -> np.ndarray:
         evaluation = objective.evaluate(x)
-        return objective.jacobian(evaluation).T @ objective.residuals(evaluation)
+        slope: np.ndarray = objective.jacobian(evaluation).T @ objective.residuals(evaluation)
+        return slope
 
     def hessian(x: np.ndarray) -> np.ndarray:
         # Gauss-Newton's: the residuals' own curvature is left out.
         jacobian = objective.jacobian(objective.evaluate(x))
-        return jacobian.T @ jacobian
+        curvature: np.ndarray = jacobian.T @ jacobian
+        return curvature
 
-    scipy.optimize.minimize(
+    _scipy.minimize(
         lambda x: objective.loss(objective.evaluate(x)),
         start,
         method=method,
         jac=None if method in _WITHOUT_GRADIENT else gradient,
         hess=hessian if method in _WITH_HESSIAN else None,
-        bounds=scipy.optimize.Bounds(*objective.bounds) if method in _WITH_BOUNDS else None,
+        bounds=_scipy.Bounds(*objective.bounds) if method in _WITH_BOUNDS else None,
         options=options,
     )
 
@@ -210,7 +217,9 @@ def _torch_optimizer(method: str, options: dict[str, Any]) -> Optimizer:
     cls = getattr(torch.optim, method, None)
     if not (inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigurationError(f"optimizer.method: torch.optim has no optimiser {method!r}")
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    arguments: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in options.items()
+    }
 
     def build(x: torch.Tensor) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = cls([x], **arguments)
@@ -233,7 +242,7 @@ def _torch_optimizer(method: str, options: dict[str, Any]) -> Optimizer:
             return objective.loss(evaluation)
 
         while True:
-            optimizer.step(closure)  # type: ignore[arg-type]
+            optimizer.step(closure)
             with torch.no_grad():
                 x.clamp_(lower, upper)
 

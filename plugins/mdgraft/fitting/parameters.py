@@ -80,7 +80,7 @@ def _tie(
             if selection.parameter in mine:
                 old_index, old_factors = mine[selection.parameter]
                 index, factors = torch.cat([old_index, index]), torch.cat([old_factors, factors])
-                if len(index.unique()) != len(index):
+                if len(set(index.tolist())) != len(index):
                     raise ConfigurationError(
                         f"{key}.select: entries of {selection.parameter} are selected twice in "
                         f"system {system!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -184,10 +185,8 @@ def _optimize(objective: Objective, optimizer: Optimizer) -> FitFinished:
         objective.evaluate(start, fresh=True)
         while True:
             before = start
-            try:
+            with contextlib.suppress(OptimizerStalled):
                 optimizer(objective, start)
-            except OptimizerStalled:
-                pass
             start = objective.point(_best(objective, fresh_only=False))
             stops = stops + 1 if np.allclose(start, before, rtol=1e-9, atol=1e-12) else 0
             if stops >= 2:
@@ -292,7 +291,7 @@ def _open(source: Path, config: FitConfig, trust: bool) -> dict[str, AbstractSim
         opener = service(system.host, "simulation")
         found[name] = _in_file(
             source,
-            lambda o=opener, s=system: o(s, source.parent, trust=trust),  # type: ignore[misc]
+            lambda o=opener, s=system: o(s, source.parent, trust=trust),
             prefix=f"systems.{name}.",
         )
         if config.systems[name].rigid:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class SampleStore:
 
 def _save_block(path: Path, frames: Frames, *, interval: float = 0.0) -> None:
     """Store positions, boxes, and the velocities of the last frame alone."""
-    arrays = {"positions": frames.positions.numpy()}
+    arrays: dict[str, Any] = {"positions": frames.positions.numpy()}
     if frames.box is not None:
         arrays["box"] = frames.box.numpy()
     if frames.velocities is not None:

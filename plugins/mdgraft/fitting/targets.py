@@ -7,12 +7,14 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from mdgraft._errors import ConfigurationError
+from mdgraft._types import Observable
 from mdgraft.fitting.averages import Average, thermal_energy
 from mdgraft.fitting.config import OBSERVABLES, FitConfig, TargetConfig
 from mdgraft.frames import Frames
@@ -96,7 +98,7 @@ def _parts(
     return [(1.0, own[target.observable])], 0.0
 
 
-def load_function(reference: str, folder: Path, potential: Potential) -> Callable[[Frames], Tensor]:
+def load_function(reference: str, folder: Path, potential: Potential) -> Observable:
     """Import a user's observable ``module:function``; its module may lie in ``folder``.
 
     Raises
@@ -127,10 +129,15 @@ def load_function(reference: str, folder: Path, potential: Potential) -> Callabl
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if len(required) == 1:
-        return function  # type: ignore[no-any-return]
+        return cast(Observable, function)
     if len(required) != 2:
         raise ConfigurationError(
             f"observable: {reference!r} takes {len(required)} arguments, wanted (frames) or "
             "(frames, potential)"
         )
-    return lambda frames: function(frames, potential)  # type: ignore[no-any-return]
+
+    def observable(frames: Frames) -> Tensor:
+        values: Tensor = function(frames, potential)
+        return values
+
+    return observable

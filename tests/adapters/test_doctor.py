@@ -1,0 +1,111 @@
+"""Finding out what works on a machine."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+
+import mdgraft_openmm.doctor as module
+import openmm
+import pytest
+from mdgraft_openmm.doctor import DoctorReport, Finding, doctor
+
+PLATFORMS = {
+    openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> DoctorReport:
+    return doctor()
+
+
+def test_essentials_work_here(report: DoctorReport) -> None:
+    assert report.healthy
+    for name in ("Python", "PyTorch", "OpenMM", "OpenMM platform Reference"):
+        assert report.status(name) == "works"
+    details = {finding.name: finding.detail for finding in report.findings}
+    assert version("torch") in details["PyTorch"]
+    assert openmm.__version__ in details["OpenMM"]
+
+
+def test_every_platform_is_told_about(report: DoctorReport) -> None:
+    for name in ("Reference", "CPU", "OpenCL", "CUDA", "HIP"):
+        status = report.status(f"OpenMM platform {name}")
+        assert (status == "missing") == (name not in PLATFORMS)
+
+
+def test_what_does_not_work_has_a_remedy(report: DoctorReport) -> None:
+    for finding in report.findings:
+        assert finding.status in ("works", "broken", "missing")
+        assert finding.detail
+        assert bool(finding.remedy) == (finding.status != "works")
+
+
+def test_the_report_is_json(report: DoctorReport) -> None:
+    found = json.loads(json.dumps(report.to_json()))
+    assert found["healthy"] is True
+    assert {row["name"] for row in found["findings"]} >= {"Python", "openmm-torch", "pymbar"}
+
+
+def test_without_openmm_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module._version
+    monkeypatch.setattr(
+        module, "_version", lambda name: None if name == "openmmtorch" else original(name)
+    )
+    found = {finding.name: finding for finding in doctor().findings}
+    assert found["openmm-torch"].status == "missing"
+    assert 'pip install "mdgraft[openmmtorch]"' in found["openmm-torch"].remedy
+    assert "TorchForce on Reference" not in found
+
+
+@pytest.mark.openmmtorch
+def test_torch_force_works_on_reference_and_cpu(report: DoctorReport) -> None:
+    assert report.status("openmm-torch") == "works"
+    assert report.status("TorchForce on Reference") == "works"
+    assert report.status("TorchForce on CPU") == "works"
+
+
+TRIALS = {
+    "an exception": ("raise RuntimeError('no such device')", "no such device"),
+    "a crash": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+    "an abort": ("import os; os.abort()", "SIGABRT"),
+    "silence": ("pass", "ended without an answer"),
+    "a hang": ("import time; time.sleep(60)", "no answer within 0.5 s"),
+}
+
+
+@pytest.mark.parametrize(("code", "error"), TRIALS.values(), ids=TRIALS)
+def test_a_trial_may_end_in_any_way(code: str, error: str) -> None:
+    trial = module._run(code, 0.5 if "sleep" in code else 60.0)
+    assert not trial.ok
+    assert error in trial.error
+
+
+def test_noise_before_the_answer_is_ignored() -> None:
+    trial = module._run("print('hello'); print('{\"a\": 1}')", 60.0)
+    assert trial.ok
+    assert trial.answer == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("probe", "name"), [("_TORCH", "PyTorch"), ("_OPENMM", "OpenMM"), ("_PLATFORM", "Reference")]
+)
+def test_broken_essentials_are_unhealthy(
+    monkeypatch: pytest.MonkeyPatch, probe: str, name: str
+) -> None:
+    monkeypatch.setattr(module, probe, "import os; os.abort()")
+    found = doctor()
+    assert not found.healthy
+    broken = next(f for f in found.findings if f.name.endswith(name))
+    # Nothing can be said about platforms unless OpenMM starts.
+    assert broken.status == "broken"
+    assert "SIGABRT" in broken.detail
+
+
+def test_optional_parts_do_not_matter_for_health() -> None:
+    good = Finding(name="a", status="works", detail="1", essential=True)
+    bad = Finding(name="b", status="broken", detail="2")
+    assert DoctorReport(findings=[good, bad]).healthy
+    worse = Finding(name="b", status="missing", detail="2", essential=True)
+    assert not DoctorReport(findings=[good, worse]).healthy
