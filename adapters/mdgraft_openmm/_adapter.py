@@ -9,7 +9,7 @@ import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
 from mdgraft.potentials import AbstractTerm, is_reserved
 
-from mdgraft_openmm._converter import Host, number
+from mdgraft_openmm._converter import Host, global_key, number
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -60,6 +60,14 @@ def global_parameters(host: Host) -> dict[str, float]:
                     f"host_object: forces declare different defaults for the global parameter "
                     f"{name!r}, {found[name]:g} and {default:g}; OpenMM refuses that too"
                 )
+    keys: dict[str, str] = {}
+    for name in found:
+        other = keys.setdefault(global_key(name), name)
+        if other != name:
+            raise InvalidInputError(
+                f"host_object: the global parameters {other!r} and {name!r} would both be "
+                f"'globals.{global_key(name)}'; rename one"
+            )
     return found
 
 
@@ -84,7 +92,7 @@ def graft(host_object: Any, *, dtype: torch.dtype, device: torch.device | str) -
         terms,
         n_particles=host.system.getNumParticles(),
         global_parameters={
-            name: torch.tensor(value, dtype=torch.float64)
+            global_key(name): torch.tensor(value, dtype=torch.float64)
             for name, value in global_parameters(host).items()
         },
         sites=read_sites(host.system),

@@ -59,6 +59,11 @@ def number(quantity: Any) -> float:
     return float(getattr(quantity, "_value", quantity))
 
 
+def global_key(name: str) -> str:
+    """What a Potential calls a global parameter: dots separate modules, and no name is empty."""
+    return name.replace(".", "_") or "_"
+
+
 def column(rows: list[tuple[Any, ...]], index: int) -> Tensor:
     """One entry of each row as a float64 tensor."""
     return torch.tensor([number(row[index]) for row in rows], dtype=torch.float64)

@@ -145,14 +145,13 @@ def check_box(system: openmm.System, box: np.ndarray) -> None:
             "off-diagonal elements of at most half the diagonal element of their column "
             "(openmm.app.internal.unitcell.reducePeriodicBoxVectors reduces a box)"
         )
-    smallest = float(diagonal.min())
+    smallest, skewed = float(diagonal.min()), bool(np.tril(box, -1).any())
     for force in system.getForces():
-        if isinstance(force, openmm.NonbondedForce) and np.tril(box, -1).any():
-            if force.getNonbondedMethod() == openmm.NonbondedForce.Ewald:
-                raise InvalidInputError(
-                    f"box: {box.tolist()} nm is not rectangular, but {force.getName()} uses the "
-                    "method Ewald, which OpenMM has for rectangular boxes only; use PME instead"
-                )
+        if skewed and _has_plain_ewald(force):
+            raise InvalidInputError(
+                f"box: {box.tolist()} nm is not rectangular, but {force.getName()} uses the "
+                "method Ewald, which OpenMM has for rectangular boxes only; use PME instead"
+            )
         cutoff = _periodic_cutoff(force)
         if cutoff is not None and cutoff > 0.5 * smallest:
             raise BoxTooSmallError(
@@ -161,11 +160,18 @@ def check_box(system: openmm.System, box: np.ndarray) -> None:
             )
 
 
+def _has_plain_ewald(force: openmm.Force) -> bool:
+    return (
+        isinstance(force, openmm.NonbondedForce)
+        and force.getNonbondedMethod() == openmm.NonbondedForce.Ewald
+    )
+
+
 def _periodic_cutoff(force: openmm.Force) -> float | None:
     """Return the cutoff [nm] of a periodic force that has one."""
     try:
         if force.usesPeriodicBoundaryConditions():
-            return number(force.getCutoffDistance())  # type: ignore[attr-defined]
+            return number(force.getCutoffDistance())
     except (AttributeError, openmm.OpenMMException):
         pass  # No cutoff, or the class does not say.
     return None

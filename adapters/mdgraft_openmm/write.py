@@ -11,7 +11,7 @@ import torch
 from mdgraft import ParameterMismatchError, Potential
 
 from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters
-from mdgraft_openmm._converter import Host
+from mdgraft_openmm._converter import Host, global_key
 from mdgraft_openmm.forces import CONVERTERS
 
 
@@ -52,16 +52,17 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
         if host.context is not None:
             _refuse_structural(name, converter.structural(merged[name], force))
     shared = {
-        name: float(_merge(f"globals.{name}", np.asarray(old), new.get(f"globals.{name}")))
+        name: float(_merge(key, np.asarray(old), new.get(key)))
         for name, old in global_parameters(host).items()
+        for key in [f"globals.{global_key(name)}"]
     }
 
     for name, force in forces.items():
         changed = any(not np.array_equal(merged[name][k], v) for k, v in current[name].items())
         if changed:
             CONVERTERS[type(force)].write(merged[name], force)
-            if host.context is not None:
-                force.updateParametersInContext(host.context)
+        if host.context is not None:
+            _update(name, force, host.context)
     for name, value in shared.items():
         if host.context is not None:
             host.context.setParameter(name, value)
@@ -114,6 +115,17 @@ def _refuse_structural(name: str, changes: list[str]) -> None:
             "write into the System, call context.reinitialize(preserveState=True), then write into "
             "the Context, which keeps its old global parameters"
         )
+
+
+def _update(name: str, force: Any, context: openmm.Context) -> None:
+    # Also when nothing changed: its System may have been written to since the Context was made.
+    try:
+        force.updateParametersInContext(context)
+    except openmm.OpenMMException as error:
+        raise ParameterMismatchError(
+            f"{name}: the live Context cannot take over its System's parameters ({error}); call "
+            "context.reinitialize(preserveState=True), then write into it again"
+        ) from error
 
 
 def _set_default(forces: Mapping[str, openmm.Force], name: str, value: float) -> None:

@@ -218,7 +218,8 @@ def _energies_and_forces(
             sum((p[4] for p in parts), zeros),
         )
     )
-    rows, scales = [], []
+    rows: list[Comparison] = []
+    scales: list[float] = []
     for name, e_host, e_graft, f_host, f_graft in parts:
         f_host, f_graft = f_host[keep], f_graft[keep]
         # A term at rest is measured against what it would be a little away from there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 #: Boltzmann constant [kJ/mol/K] (CODATA 2018, exact).
@@ -30,11 +31,12 @@ def plain(value: Any) -> Any:
     """Strip a unit-carrying quantity to a number in OpenMM's unit system.
 
     Plain numbers, arrays and tensors pass unchanged, so that no host needs to be imported here:
-    a quantity knows its own conversion. An energy becomes kJ/mol, a length nm, a time ps.
+    a quantity knows its own conversion. An energy becomes kJ/mol, a length nm, a time ps. Lists of
+    quantities, such as box vectors, are taken entry by entry.
     """
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
     if not hasattr(value, "value_in_unit_system"):
         return value
-    import sys
-
     unit_module = sys.modules["openmm.unit"]
     return value.value_in_unit_system(unit_module.md_unit_system)

@@ -68,7 +68,7 @@ def check_potential(
     """
     if potential.dtype != torch.float64:
         raise InvalidInputError(
-            f"potential: computes in {potential.dtype}, wanted torch.float64; use potential.double()"
+            f"potential: computes in {potential.dtype}, wanted torch.float64; call .double()"
         )
     x = torch.as_tensor(plain(positions), dtype=torch.float64, device=potential.device).detach()
     if x.shape != (potential.n_particles, 3):
@@ -82,10 +82,11 @@ def check_potential(
     direction = torch.randn(x.shape, generator=random, dtype=torch.float64).to(x.device)
 
     energy, forces = potential(x, h).detach(), potential.forces(x, h).detach()
-    _check_first_order(potential, x, h, forces, direction, rtol)
-    _check_second_order(potential, x, h, direction, rtol)
+    scale = _scale(energy, forces)
+    _check_first_order(potential, x, h, forces, direction, scale, rtol)
+    _check_second_order(potential, x, h, direction, scale, rtol)
     if h is not None:
-        _check_box(potential, x, h, random, rtol)
+        _check_box(potential, x, h, random, scale, rtol)
     _check_invariance(potential, x, h, energy, forces, translation_rtol, random)
     _check_batch(potential, x, h, direction)
     _check_functional(potential, x, h, forces)
@@ -146,16 +147,17 @@ def _check_first_order(
     h: Tensor | None,
     forces: Tensor,
     direction: Tensor,
+    scale: float,
     rtol: float,
 ) -> None:
     with torch.no_grad():
         truth = finite_difference(lambda t: float(potential(x + t * direction, h)), step=1e-3)
     products = -forces * direction
-    _close("forces along a random direction", products.sum(), truth, products.norm(), rtol)
+    _close("forces along a random direction", products.sum(), truth, products.norm(), scale, rtol)
 
 
 def _check_second_order(
-    potential: Potential, x: Tensor, h: Tensor | None, direction: Tensor, rtol: float
+    potential: Potential, x: Tensor, h: Tensor | None, direction: Tensor, scale: float, rtol: float
 ) -> None:
     """Hessian times vector by double backward against differences of forces."""
     moved = x.clone().requires_grad_(True)
@@ -173,11 +175,11 @@ def _check_second_order(
             return -potential.forces(x + t * direction, h).cpu().numpy()
 
     truth = finite_difference(slope, step=1e-3)
-    _close("Hessian times a random vector", product, truth, product.norm(), rtol)
+    _close("Hessian times a random vector", product, truth, product.norm(), scale, rtol)
 
 
 def _check_box(
-    potential: Potential, x: Tensor, h: Tensor, random: torch.Generator, rtol: float
+    potential: Potential, x: Tensor, h: Tensor, random: torch.Generator, scale: float, rtol: float
 ) -> None:
     """Derivative along a random change of the lower triangle that keeps the box reduced."""
     direction = torch.zeros(3, 3, dtype=torch.float64)
@@ -195,7 +197,14 @@ def _check_box(
             lambda t: float(potential(x, h + t * direction)), step=1e-3, side=1
         )
     products = gradient * direction
-    _close("box derivative along a random direction", products.sum(), truth, products.norm(), rtol)
+    _close(
+        "box derivative along a random direction",
+        products.sum(),
+        truth,
+        products.norm(),
+        scale,
+        rtol,
+    )
 
 
 def _check_invariance(
@@ -286,11 +295,14 @@ def _scale(energy: Tensor, forces: Tensor) -> float:
     return max(float(energy.detach().abs()), 0.01 * float(forces.detach().norm(dim=-1).sum()), 1e-3)
 
 
-def _close(what: str, found: Tensor, truth: Difference, scale: Tensor, rtol: float) -> None:
+def _close(
+    what: str, found: Tensor, truth: Difference, scale: Tensor, least: float, rtol: float
+) -> None:
+    """Compare with a difference, relative to ``scale`` or, where that is zero, to ``least``."""
     value = found.detach().cpu().numpy()
     difference = float(np.linalg.norm(value - truth.value))
     error = float(np.linalg.norm(truth.error))
-    size = max(float(scale.detach()), float(np.linalg.norm(truth.value)), 1e-6)
+    size = max(float(scale.detach()), float(np.linalg.norm(truth.value)), 1e-4 * least)
     if not difference <= rtol * size + 10 * error:
         raise AssertionError(
             f"{what}: differs from finite differences by {difference:.3e}, relative "
@@ -299,8 +311,8 @@ def _close(what: str, found: Tensor, truth: Difference, scale: Tensor, rtol: flo
         )
     if not error <= 1e-3 * size:
         raise AssertionError(
-            f"{what}: finite differences are uncertain by {error:.1e} of {size:.1e}, so nothing can "
-            "be said; is the energy smooth here?"
+            f"{what}: finite differences are uncertain by {error:.1e} of {size:.1e}, so nothing "
+            "can be said; is the energy smooth here?"
         )
 
 

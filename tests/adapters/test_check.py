@@ -7,17 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mdgraft
 import mdgraft_openmm.check
 import numpy as np
 import openmm
 import pytest
 import torch
-from mdgraft_openmm._placement import generate_positions
-from mdgraft_openmm.check import CheckReport, check
-
-import mdgraft
 from mdgraft import BoxTooSmallError, InvalidInputError, UnsupportedForceError, UntrustedInputError
 from mdgraft.potentials.bonded import HarmonicBond
+from mdgraft_openmm._placement import generate_positions
+from mdgraft_openmm.check import CheckReport, check
 
 N = 8
 
@@ -275,13 +274,22 @@ def test_a_torch_force_is_listed(tmp_path: Path) -> None:
         check(path)
 
 
+class Confined(torch.nn.Module):
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return (positions**2).sum()
+
+
 @pytest.mark.openmmtorch
-def test_a_loaded_torch_force_is_listed() -> None:
+def test_a_loaded_torch_force_is_listed(tmp_path: Path) -> None:
     openmmtorch = pytest.importorskip("openmmtorch")
+    torch.jit.script(Confined()).save(str(tmp_path / "energy.pt"))
     system = new_system()
-    system.addForce(openmmtorch.TorchForce("energy.pt"))
+    bonds(system)
+    system.addForce(openmmtorch.TorchForce(str(tmp_path / "energy.pt")))
     with pytest.raises(UnsupportedForceError, match="TorchForce"):
         mdgraft.graft(system)
+    with pytest.raises(UnsupportedForceError, match="TorchForce"):
+        check(save(tmp_path, system))
 
 
 def no_particles(system: openmm.System) -> openmm.System:

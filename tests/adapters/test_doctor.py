@@ -53,6 +53,7 @@ def test_without_openmm_torch_it_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         module, "_version", lambda name: None if name == "openmmtorch" else original(name)
     )
+    monkeypatch.setattr(module, "_OPTIONAL", {})
     found = {finding.name: finding for finding in doctor().findings}
     assert found["openmm-torch"].status == "missing"
     assert 'pip install "mdgraft[openmmtorch]"' in found["openmm-torch"].remedy
@@ -95,6 +96,7 @@ def test_broken_essentials_are_unhealthy(
     monkeypatch: pytest.MonkeyPatch, probe: str, name: str
 ) -> None:
     monkeypatch.setattr(module, probe, "import os; os.abort()")
+    monkeypatch.setattr(module, "_OPTIONAL", {})
     found = doctor()
     assert not found.healthy
     broken = next(f for f in found.findings if f.name.endswith(name))

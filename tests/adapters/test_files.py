@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
-from openmm import app, unit
-
 from mdgraft import (
     BoxTooSmallError,
     InvalidInputError,
@@ -16,6 +14,7 @@ from mdgraft import (
     UntrustedInputError,
 )
 from mdgraft_openmm.files import check_box, read_positions, read_system
+from openmm import app, unit
 
 POSITIONS = np.array([[0.1, 0.2, 0.3], [0.25, 0.2, 0.3], [0.25, 0.4, -0.3]])
 BOX = np.array([[2.0, 0, 0], [0.5, 2.1, 0], [-0.3, 0.4, 2.2]])
@@ -104,7 +103,10 @@ BROKEN_SYSTEMS = {
         lambda x: x.replace('mass="12"', 'mass="heavy"', 1),
         "line 9: mass='heavy' of <Particle> is not a number",
     ),
-    "a mass that is NaN": (lambda x: x.replace('mass="12"', 'mass="nan"', 1), "particle 0 the mass"),
+    "a mass that is NaN": (
+        lambda x: x.replace('mass="12"', 'mass="nan"', 1),
+        "particle 0 the mass",
+    ),
     "an integrator": (
         lambda x: openmm.XmlSerializer.serialize(openmm.VerletIntegrator(0.001)),
         "holds a VerletIntegrator, wanted a System",
@@ -217,7 +219,8 @@ def test_broken_structure_files_are_refused(tmp_path: Path, suffix: str, text: s
 GOOD_BOXES = {
     "triclinic": BOX,
     "cutoff of exactly half": np.diag([1.8, 1.8, 1.8]),
-    "at the limit of the reduced form": np.array([[2.0, 0, 0], [0, 2, 0], [1, 1, np.sqrt(2)]]) * 1.5,
+    "at the limit of the reduced form": np.array([[2.0, 0, 0], [0, 2, 0], [1, 1, np.sqrt(2)]])
+    * 1.5,
 }
 
 

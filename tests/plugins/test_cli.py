@@ -9,10 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mdgraft
 import openmm
 import pytest
-
-import mdgraft
 from mdgraft import ConfigurationError, MDGraftError, cli, fitting
 
 
@@ -75,9 +74,7 @@ BAD_USAGE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_USAGE.values(), ids=BAD_USAGE)
-def test_bad_usage(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_bad_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -197,7 +194,11 @@ def test_fit_hands_over_its_arguments(
 
 
 FAILURES = {
-    "typed": (ConfigurationError("systems: missing\nadd one"), 2, "mdgraft: systems: missing add one"),
+    "typed": (
+        ConfigurationError("systems: missing\nadd one"),
+        2,
+        "mdgraft: systems: missing add one",
+    ),
     "base": (MDGraftError("no"), 2, "mdgraft: no"),
     "no file": (FileNotFoundError(2, "No such file or directory", "c.toml"), 2, "c.toml: No such"),
     "interrupt": (KeyboardInterrupt(), 130, "interrupted"),

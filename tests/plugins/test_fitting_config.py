@@ -68,7 +68,11 @@ def test_digest_ignores_only_the_iteration_limit(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[str, str, str]] = {
     "not toml": ("[systems.liquid]", "[systems.liquid", "is not valid TOML"),
-    "missing key": ("temperature = 300.0\npressure", "pressure", r"liquid\.temperature: is missing"),
+    "missing key": (
+        "temperature = 300.0\npressure",
+        "pressure",
+        r"liquid\.temperature: is missing",
+    ),
     "unknown key": ("pressure = 1.0", "presure = 1.0", r"liquid\.presure: is not a known key"),
     "negative": (
         "temperature = 300.0\npressure",

@@ -61,10 +61,19 @@ def test_names_units_and_energy():
     torch.testing.assert_close(potential.forces(X), expected)
 
 
-@pytest.mark.parametrize("name", ["forces", "globals", "train", "a.b", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["forces", "globals", "train", "training", "units", "term_names", "_modules", "a.b", ""],
+)
 def test_names_that_a_term_cannot_have(name):
     with pytest.raises(mdgraft.InvalidInputError, match="is not free as the name of a term"):
         Potential({name: Springs([1.0])}, n_particles=1)
+
+
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_names_that_a_global_parameter_cannot_have(name):
+    with pytest.raises(mdgraft.InvalidInputError, match=r"global_parameters: .* replace it"):
+        Potential({}, n_particles=1, global_parameters={name: torch.tensor(1.0)})
 
 
 def test_no_terms_at_all():

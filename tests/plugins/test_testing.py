@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from mdgraft import InvalidInputError, Potential
 from mdgraft.potentials import AbstractTerm
 from mdgraft.potentials.bonded import HarmonicBond
@@ -20,6 +18,7 @@ from mdgraft.testing import (
     compare_with_host,
     finite_difference,
 )
+from torch import Tensor
 
 POSITIONS = torch.tensor(
     [[0.0, 0.1, 0.2], [0.15, 0.12, 0.2], [0.2, 0.3, 0.25], [1.9, 0.35, 0.3]], dtype=torch.float64

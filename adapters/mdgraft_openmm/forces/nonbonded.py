@@ -16,6 +16,7 @@ from mdgraft_openmm._converter import (
     Values,
     checked_indices,
     column,
+    global_key,
     number,
 )
 
@@ -66,7 +67,7 @@ class NonbondedConverter(AbstractConverter):
             settings=settings,
             switching_distance=_switching_distance(force, settings.method),
             reaction_field_dielectric=_scalar(force.getReactionFieldDielectric()),
-            global_names=names,
+            global_names=tuple(map(global_key, names)),
             global_defaults=torch.tensor(
                 [force.getGlobalParameterDefaultValue(i) for i in range(len(names))],
                 dtype=torch.float64,

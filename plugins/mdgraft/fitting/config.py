@@ -251,10 +251,11 @@ class ReweightingConfig(_Table):
     Attributes
     ----------
     min_effective_fraction
-        Smallest Kish effective sample size, as a fraction of the frames; 1 always samples anew.
+        Smallest Kish effective sample size, as a fraction of the frames, at least 0.1; with 1
+        no frames are reused. Frames whose weights have too heavy a tail are never reused.
     """
 
-    min_effective_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    min_effective_fraction: Annotated[float, Field(ge=0.1, le=1)] = 0.5
 
 
 class FitConfig(_Table):

@@ -105,7 +105,11 @@ class Journal:
         for key, wanted in header.items():
             if found.get(key) != wanted:
                 raise ConfigurationError(
-                    f"{self.path.parent}: was made with another {key} (then {found.get(key)!r}, "
+                    f"{self.path.parent}: was made with {_other(key)} (then {found.get(key)!r}, "
                     f"now {wanted!r}); undo that change, or start again without --resume"
                 )
         return True
+
+
+def _other(key: str) -> str:
+    return f"other {key}" if key.endswith("s") else f"another {key}"

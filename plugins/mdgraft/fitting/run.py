@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from mdgraft.fitting.objective import FitFinished, Objective, OptimizerStalled, 
 from mdgraft.fitting.optimizers import Optimizer, make_optimizer
 from mdgraft.fitting.parameters import tie_parameters
 from mdgraft.fitting.report import write_report
+from mdgraft.fitting.targets import function_file
 
 _JOURNAL = "journal.jsonl"
 _REASONS = {
@@ -151,7 +153,8 @@ def run(
         {
             "format": 1,
             "configuration": config.digest(),
-            "input files": {name: s.digest for name, s in simulations.items()},
+            "input files": {name: s.digest for name, s in simulations.items()}
+            | _functions(config, source.parent),
         },
     )
     history = folder / "history.csv"
@@ -318,6 +321,16 @@ def _prepare(folder: Path, resume: bool) -> None:
         if not resume:
             move_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _functions(config: FitConfig, folder: Path) -> dict[str, str]:
+    """Fingerprints of the user's functions that lie beside the configuration."""
+    found = {}
+    for target in config.targets.values():
+        path = function_file(target.observable, folder) if ":" in target.observable else None
+        if path is not None:
+            found[target.observable] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def _in_file(source: Path, make: Any, *, prefix: str = "") -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from torch import Tensor
@@ -107,20 +108,18 @@ def load_function(reference: str, folder: Path, potential: Potential) -> Observa
         If it cannot be imported or is no function of one or two arguments.
     """
     module_name, _, attribute = reference.partition(":")
-    sys.path.insert(0, str(folder))
+    path = function_file(reference, folder)
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
+        module = importlib.import_module(module_name) if path is None else _load(path)
+    # Whatever the module's own code runs into.
+    except Exception as error:
         raise ConfigurationError(
-            f"observable: {reference!r} cannot be imported ({error}); its module must be installed "
-            f"or lie in {folder}"
+            f"observable: {reference!r} cannot be imported ({type(error).__name__}: {error}); its "
+            f"module must be installed or lie in {folder}"
         ) from error
-    except AttributeError:
-        raise ConfigurationError(
-            f"observable: module {module_name!r} has no {attribute!r}"
-        ) from None
-    finally:
-        sys.path.remove(str(folder))
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise ConfigurationError(f"observable: module {module_name!r} has no {attribute!r}")
     if not callable(function):
         raise ConfigurationError(f"observable: {reference!r} is not a function")
     required = [
@@ -141,3 +140,19 @@ def load_function(reference: str, folder: Path, potential: Potential) -> Observa
         return values
 
     return observable
+
+
+def function_file(reference: str, folder: Path) -> Path | None:
+    """The file beside the configuration that holds a user's function, if it is there."""
+    module_name, _, _ = reference.partition(":")
+    path = folder.joinpath(*module_name.split(".")).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def _load(path: Path) -> ModuleType:
+    """Load a file as a module of its own: another folder may hold one of the same name."""
+    spec = importlib.util.spec_from_file_location(f"_mdgraft_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

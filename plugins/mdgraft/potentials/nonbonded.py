@@ -205,7 +205,7 @@ class Nonbonded(AbstractTerm):
             present = torch.stack([global_values[name] for name in self.global_names])
         particle = [values[name] for name in _PARTICLE]
         charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
-        energy = positions.new_zeros(positions.shape[0])
+        energy = 0.0 * positions.sum(dim=(-2, -1))
         if settings.include_direct:
             energy = energy + self._direct(positions, box, charge, sigma, epsilon, values)
             energy = energy + self._exceptions(positions, box, values, present)
@@ -219,6 +219,10 @@ class Nonbonded(AbstractTerm):
                     tail_sigma, tail_epsilon, settings.cutoff, values.get("switching_distance")
                 )
                 energy = energy + tail / volume(box)
+        else:
+            # What only counts in direct space has zero derivatives, not missing ones.
+            for value in values.values():
+                energy = energy + 0.0 * value.sum()
         if settings.method.ewald:
             assert box is not None
             energy = energy + self._reciprocal(positions, box, charge, sigma, epsilon)

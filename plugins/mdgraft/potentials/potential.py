@@ -22,6 +22,11 @@ class _Globals(nn.Module):
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         for name, value in values.items():
+            if not name or "." in name:
+                raise InvalidInputError(
+                    f"global_parameters: {name!r} cannot name one; a dot separates modules, "
+                    "so replace it by an underscore"
+                )
             # Hosts allow names that nn.Module reserves, such as "training".
             self._parameters[name] = nn.Parameter(value)
 
@@ -277,7 +282,19 @@ class Potential(nn.Module):
 
 def is_reserved(name: str) -> bool:
     """Whether a Potential has a use of its own for this name, so that no term may have it."""
-    return name in ("", "globals", "tied", "sites") or "." in name or hasattr(Potential, name)
+    return not name or "." in name or name in _ATTRIBUTES or hasattr(Potential, name)
+
+
+#: What a Potential and every module store under a name of their own.
+_ATTRIBUTES = frozenset(vars(nn.Module())) | {
+    "globals",
+    "n_particles",
+    "routes",
+    "sites",
+    "term_names",
+    "tied",
+    "units",
+}
 
 
 def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tensor]:
