@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import openmm
 import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
@@ -74,6 +75,8 @@ def global_parameters(host: Host) -> dict[str, float]:
 def graft(host_object: Any, *, dtype: torch.dtype, device: torch.device | str) -> Potential:
     """Build the potential; see `mdgraft.graft`."""
     host = as_host(host_object)
+    if not host.system.getNumParticles():
+        raise InvalidInputError("host_object: the System has no particles; add some first")
     forces = energy_forces(host.system)
     unsupported = {n: f for n, f in forces.items() if type(f) not in CONVERTERS}
     if unsupported:
@@ -88,6 +91,8 @@ def graft(host_object: Any, *, dtype: torch.dtype, device: torch.device | str) -
     terms: dict[str, AbstractTerm] = {
         name: CONVERTERS[type(force)].read(force, host) for name, force in forces.items()
     }
+    for name, term in terms.items():
+        _check_parameters(name, term, forces[name])
     potential = Potential(
         terms,
         n_particles=host.system.getNumParticles(),
@@ -98,3 +103,18 @@ def graft(host_object: Any, *, dtype: torch.dtype, device: torch.device | str) -
         sites=read_sites(host.system),
     )
     return potential.to(dtype=dtype, device=device)
+
+
+def _check_parameters(name: str, term: AbstractTerm, force: openmm.Force) -> None:
+    """Raise for parameters that no Context accepts or that are not numbers."""
+    values = {key: value.detach().numpy() for key, value in term.parameter_values().items()}
+    for key, numbers in values.items():
+        if not np.isfinite(numbers).all():
+            entry = np.flatnonzero(~np.isfinite(numbers))[0]
+            raise InvalidInputError(
+                f"host_object: {name}.{key} holds NaN or infinity at entry {entry}; correct the "
+                "force's parameters"
+            )
+    refused = CONVERTERS[type(force)].refused(values, force)
+    if refused:
+        raise InvalidInputError(f"host_object: {refused}. Correct the force's parameters")

@@ -44,8 +44,8 @@ class AbstractConverter(abc.ABC):
     def write(self, values: Values, force: Any) -> None:
         """Set the force's parameters to ``values``, one float64 array for each parameter."""
 
-    def check(self, values: Values, force: Any) -> None:
-        """Raise `ParameterMismatchError` for a value that the host would refuse."""
+    def refused(self, values: Values, force: Any) -> str | None:
+        """Describe a value that no Context accepts, or return None."""
         return None
 
     def structural(self, values: Values, force: Any) -> list[str]:

@@ -25,6 +25,7 @@ from mdgraft.testing import (
 
 from mdgraft_openmm._adapter import energy_forces
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._known import remarks
 from mdgraft_openmm._placement import generate_positions
 from mdgraft_openmm.files import check_box, read_positions, read_system
 from mdgraft_openmm.write import write_parameters
@@ -53,6 +54,8 @@ class CheckReport:
         Relative differences that pass.
     seed
         Of generated positions and random directions.
+    remarks
+        What is known to be wrong in OpenMM and may matter here.
     versions
         Of the packages involved.
     seconds
@@ -68,6 +71,7 @@ class CheckReport:
     comparisons: list[Comparison]
     tolerances: Tolerances
     seed: int
+    remarks: list[str]
     versions: dict[str, str]
     seconds: float
 
@@ -180,6 +184,7 @@ def check(
         comparisons=rows,
         tolerances=judge,
         seed=seed,
+        remarks=remarks(system, box) if potential.periodic else [],
         versions={
             "mdgraft": mdgraft.__version__,
             "openmm": openmm.__version__,

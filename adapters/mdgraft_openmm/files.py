@@ -35,7 +35,8 @@ def read_system(path: str | Path, *, trust: bool = False) -> openmm.System:
     path
         The XML file.
     trust
-        Load files whose deserialisation runs code. A ``PythonForce`` is stored as a pickle.
+        Load files whose deserialisation runs code. A ``PythonForce`` is stored as a pickle, and
+        plug-ins do as they like.
 
     Returns
     -------
@@ -49,9 +50,9 @@ def read_system(path: str | Path, *, trust: bool = False) -> openmm.System:
     UntrustedInputError
         If loading it would run code and ``trust`` is false.
     UnsupportedForceError
-        If it holds forces of a plug-in that is not loaded; it lists all of them.
+        If it holds forces of plug-ins; it lists all of them.
     """
-    system, _ = _deserialise("system", path, "System", trust)
+    system = _deserialise("system", path, "System", trust)
     if not isinstance(system, openmm.System):
         raise InvalidInputError(
             f"system: {path} holds a {type(system).__name__}, wanted a System such as "
@@ -178,7 +179,7 @@ def _periodic_cutoff(force: openmm.Force) -> float | None:
 
 
 def _read_state(path: Path, trust: bool) -> tuple[np.ndarray, np.ndarray]:
-    state, _ = _deserialise("state", path, "State", trust)
+    state = _deserialise("state", path, "State", trust)
     if not isinstance(state, openmm.State):
         raise InvalidInputError(
             f"state: {path} holds a {type(state).__name__}, wanted a State such as "
@@ -225,7 +226,7 @@ def _existing(argument: str, path: str | Path) -> Path:
     return source
 
 
-def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> tuple[Any, set[str]]:
+def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> Any:
     """Deserialise a file after checks that OpenMM's lenient parser leaves out."""
     source = _existing(argument, path)
     try:
@@ -237,20 +238,27 @@ def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> t
         ) from error
     if not trust:
         _refuse_code(argument, path, text)
-    types = _inspect(argument, path, text, wanted)
+    forces = _inspect(argument, path, text, wanted)
+    foreign = sorted(kind for kind in forces if not hasattr(openmm, kind))
+    # Plug-ins crash on faulty input, and nothing could be done with their forces anyway.
+    if foreign and not trust:
+        raise _foreign(argument, path, foreign)
     try:
-        return openmm.XmlSerializer.deserialize(text), types
+        return openmm.XmlSerializer.deserialize(text)
     except (ValueError, openmm.OpenMMException) as error:
-        if "no serialization proxy" in str(error):
-            unknown = sorted(t for t in types if not hasattr(openmm, t))
-            raise UnsupportedForceError(
-                f"{argument}: {path} holds {', '.join(unknown)}, which this OpenMM "
-                f"({openmm.__version__}) cannot load and which has no native torch form; "
-                "remove it from the System, or evaluate it in a Context of its own"
-            ) from error
+        if foreign and "no serialization proxy" in str(error):
+            raise _foreign(argument, path, foreign) from error
         raise InvalidInputError(
             f"{argument}: {path} is XML, but not that of a serialised {wanted} ({error})"
         ) from error
+
+
+def _foreign(argument: str, path: str | Path, kinds: list[str]) -> UnsupportedForceError:
+    return UnsupportedForceError(
+        f"{argument}: {path} holds {', '.join(kinds)}, which OpenMM {openmm.__version__} does not "
+        "have itself and which has no native torch form; remove it from the System, or evaluate "
+        "it in a Context of its own"
+    )
 
 
 def _refuse_code(argument: str, path: str | Path, text: str) -> None:
@@ -273,13 +281,13 @@ def _refuse_code(argument: str, path: str | Path, text: str) -> None:
 
 
 def _inspect(argument: str, path: str | Path, text: str, wanted: str) -> set[str]:
-    """Check that the XML is complete and its numbers are numbers; return the types it names."""
-    types: set[str] = set()
+    """Check that the XML is complete and its numbers are numbers; return the classes of force."""
+    forces: set[str] = set()
     parser = xml.parsers.expat.ParserCreate()
 
     def start(element: str, attributes: dict[str, str]) -> None:
-        if "type" in attributes and element not in _NUMERIC:
-            types.add(attributes["type"])
+        if element == "Force" and "type" in attributes:
+            forces.add(attributes["type"])
         if element not in _NUMERIC:
             return
         for name, value in attributes.items():
@@ -299,4 +307,4 @@ def _inspect(argument: str, path: str | Path, text: str, wanted: str) -> set[str
             f"{argument}: {path} is not well-formed XML ({error}); is it truncated? Wanted a "
             f"serialised {wanted}"
         ) from error
-    return types
+    return forces

@@ -24,8 +24,8 @@ Progress = Callable[[int, int], None]
 
 # Below this many particles the Reference platform is the fastest one.
 _SMALL = 48
-# The CPU platform needs about this many particles to keep a further thread busy.
-_PARTICLES_PER_THREAD = 1000
+# Steps between chances to interrupt.
+_STRIDE = 1000
 _BAROSTATS = (
     "MonteCarloBarostat",
     "MonteCarloAnisotropicBarostat",
@@ -79,7 +79,8 @@ class Sampler:
         for fewer than 48 particles.
     properties
         Platform properties. The defaults are deterministic forces and, on the CPU platform, one
-        thread for each 1000 particles (at most as many as there are cores).
+        thread, unless the environment sets ``OPENMM_CPU_THREADS``. ``{"Threads": "8"}`` is faster
+        for large systems, but then frames are reproducible only up to rounding, which grows.
     seed
         Seed of everything random. The same seed, platform and thread count give the same frames.
     timestep
@@ -174,6 +175,11 @@ class Sampler:
     def platform(self) -> str:
         """Name of the platform in use."""
         return str(self._platform.getName())
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Properties that the platform is given."""
+        return dict(self._properties)
 
     @property
     def state(self) -> Frames | None:
@@ -396,9 +402,9 @@ class Sampler:
             chosen = openmm.Platform.getPlatformByName(self._default_platform())
         known = set(chosen.getPropertyNames())
         defaults = {"DeterministicForces": "true"}
-        if chosen.getName() == "CPU":
-            threads = max(1, min(os.cpu_count() or 1, self.n_particles // _PARTICLES_PER_THREAD))
-            defaults["Threads"] = str(threads)
+        if chosen.getName() == "CPU" and "OPENMM_CPU_THREADS" not in os.environ:
+            # Even with deterministic forces, several threads do not give the same bits twice.
+            defaults["Threads"] = "1"
         merged = {k: v for k, v in defaults.items() if k in known} | dict(properties or {})
         if set(merged) - known:
             raise InvalidInputError(
@@ -438,7 +444,9 @@ class Sampler:
 
     def _advance(self, context: openmm.Context, steps: int, where: str) -> None:
         try:
-            context.getIntegrator().step(steps)
+            # Python sees an interrupt only between calls.
+            for done in range(0, steps, _STRIDE):
+                context.getIntegrator().step(min(_STRIDE, steps - done))
         except openmm.OpenMMException as error:
             raise SimulationError(
                 f"system: the simulation failed {where} ({error}); {self._advice()}"

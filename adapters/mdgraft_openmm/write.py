@@ -48,7 +48,11 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
             for key, old in current[name].items()
         }
         converter = CONVERTERS[type(force)]
-        converter.check(merged[name], force)
+        refused = converter.refused(merged[name], force)
+        if refused:
+            raise ParameterMismatchError(
+                f"{refused}. Clamp it, or train a transform that stays within, before writing"
+            )
         if host.context is not None:
             _refuse_structural(name, converter.structural(merged[name], force))
     shared = {

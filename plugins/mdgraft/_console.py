@@ -101,6 +101,8 @@ def print_check(report: Any) -> None:
         "OpenMM's box and parameter derivatives are extrapolated finite differences.",
         style="dim",
     )
+    for remark in report.remarks:
+        console.print(escape(remark), style="yellow")
     counts = {s: sum(r.status == s for r in report.comparisons) for s in _COLOURS}
     told = f"{len(report.comparisons)} comparisons: "
     told += ", ".join(f"{status} {n}" for status, n in counts.items() if n)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mdgraft._errors import UnsupportedHostError
+from mdgraft._errors import InvalidInputError, UnsupportedHostError
 from mdgraft.potentials import Potential
 
 _GROUP = "mdgraft.adapters"
@@ -38,11 +38,16 @@ def graft(
 
     Raises
     ------
+    InvalidInputError
+        For another ``dtype``, or a host object whose parameters are NaN, out of range or
+        inconsistent.
     UnsupportedHostError
         If no installed adapter knows the object's class.
     UnsupportedForceError
         If the system holds forces without a native torch form; it lists all of them.
     """
+    if dtype not in (torch.float64, torch.float32):
+        raise InvalidInputError(f"dtype: got {dtype!r}, wanted torch.float64 or torch.float32")
     # A user's subclass lives in another module, so every base class is asked.
     packages = dict.fromkeys(cls.__module__.partition(".")[0] for cls in type(host_object).__mro__)
     available = entry_points(group=_GROUP)

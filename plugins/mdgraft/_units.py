@@ -27,16 +27,19 @@ BOND_FORCE_CONSTANT = "kilojoule/(nanometer**2*mole)"
 ANGLE_FORCE_CONSTANT = "kilojoule/(mole*radian**2)"
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, wanted: str | None = None) -> Any:
     """Strip a unit-carrying quantity to a number in OpenMM's unit system.
 
     Plain numbers, arrays and tensors pass unchanged, so that no host needs to be imported here:
     a quantity knows its own conversion. An energy becomes kJ/mol, a length nm, a time ps. Lists of
-    quantities, such as box vectors, are taken entry by entry.
+    quantities, such as box vectors, are taken entry by entry. A quantity whose unit is not
+    compatible with the one that is ``wanted`` raises `TypeError`.
     """
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [plain(entry, wanted) for entry in value]
     if not hasattr(value, "value_in_unit_system"):
         return value
     unit_module = sys.modules["openmm.unit"]
+    if wanted is not None and not value.unit.is_compatible(getattr(unit_module, wanted)):
+        raise TypeError(f"its unit is {value.unit}, wanted one that converts to {wanted}")
     return value.value_in_unit_system(unit_module.md_unit_system)

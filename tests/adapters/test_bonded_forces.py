@@ -322,7 +322,13 @@ def _illegal() -> list[tuple[Any, str]]:
     lost.addTorsion(1, *range(8))
     small = openmm.CMAPTorsionForce()
     small.addMap(1, [0.0])
+    short = openmm.HarmonicBondForce()
+    short.addBond(0, 1, -0.1, 1.0)
+    wide = openmm.HarmonicAngleForce()
+    wide.addAngle(0, 1, 2, 3.2, 1.0)
     return named + [
+        (short, "HarmonicBondForce.length: entry 0 is -0.1 nm; OpenMM accepts only lengths"),
+        (wide, "HarmonicAngleForce.angle: entry 0 is 3.2 radian; OpenMM accepts only angles"),
         (flat, "torsion 0 of PeriodicTorsionForce has periodicity 0, wanted at least 1"),
         (lost, "maps: indices reach from 1 to 1, there are 1 maps"),
         (small, r"sizes: got \[1\]; a periodic spline needs at least 2 points"),

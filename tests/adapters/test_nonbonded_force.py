@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import zlib
 
 import mdgraft
@@ -243,6 +244,7 @@ def test_batches_and_transforms(built, potential):
     energies = potential(frames, built.h)
     one_by_one = torch.stack([potential(x, built.h) for x in frames.flatten(0, 1)])
     torch.testing.assert_close(energies.flatten(), one_by_one, rtol=1e-12, atol=1e-10)
+    assert potential(frames[:0], built.h).shape == (0, 2)
     boxes = built.h.expand(3, 2, 3, 3)
     vectorised = torch.vmap(torch.vmap(potential))(frames, boxes)
     torch.testing.assert_close(vectorised, energies, rtol=1e-12, atol=1e-10)
@@ -390,7 +392,24 @@ BAD = {
     ),
     "switch": (
         lambda s, f: (f.setUseSwitchingFunction(True), f.setSwitchingDistance(0.95)),
-        r"switching distance 0.95 nm is not between 0 and the cutoff, 0.9 nm",
+        r"switching_distance: 0.95 nm is not between 0 and the cutoff, 0.9 nm",
+    ),
+    "cutoff": (lambda s, f: f.setCutoffDistance(0.0), "has a cutoff of 0 nm, which must be"),
+    "tolerance": (
+        lambda s, f: f.setEwaldErrorTolerance(0.5),
+        "has an Ewald error tolerance of 0.5, which must lie between",
+    ),
+    "sigma": (
+        lambda s, f: f.setParticleParameters(3, 0, -0.1, 1),
+        r"NonbondedForce.sigma: entry 3 is -0.1; OpenMM accepts only .* Correct the force",
+    ),
+    "exception": (
+        lambda s, f: f.setExceptionParameters(2, 2, 9, 0, 0.1, -1),
+        r"NonbondedForce.exception_epsilon: entry 2 is -1; OpenMM accepts only",
+    ),
+    "charge": (
+        lambda s, f: f.setParticleParameters(5, math.nan, 0.1, 1),
+        r"NonbondedForce.charge holds NaN or infinity at entry 5",
     ),
     "index": (
         lambda s, f: f.setExceptionParameters(0, 0, 99, 0, 1, 0),

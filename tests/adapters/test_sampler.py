@@ -92,7 +92,7 @@ def test_volume_of_an_ideal_gas() -> None:
         timestep=0.02,
         barostat_frequency=1,
         platform="CPU",
-        interval=0.4,
+        interval=0.2,
         equilibration=20.0,
         block_frames=1000,
         seed=5,
@@ -315,3 +315,14 @@ def test_coincident_particles_are_an_error() -> None:
     sampler = Sampler(system, temperature=TEMPERATURE, interval=0.1)
     with pytest.raises(SimulationError, match="do particles coincide"):
         sampler.sample(1, positions=np.zeros((2, 3)))
+
+
+def test_cpu_platform_runs_on_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENMM_CPU_THREADS", raising=False)
+
+    def threads(**settings: object) -> str:
+        sampler = Sampler(ideal_gas(), temperature=TEMPERATURE, platform="CPU", **settings)  # type: ignore[arg-type]
+        return sampler.properties["Threads"]
+
+    assert threads() == "1"
+    assert threads(properties={"Threads": "2"}) == "2"

@@ -108,6 +108,52 @@ def test_new_values_reach_a_live_context(kind):
     assert context.getParameter("lambda") == potential.values()["globals.lambda"].item()
 
 
+def test_a_context_follows_its_system():
+    system = make_system()
+    context = make_context(system)
+    potential = perturb(mdgraft.graft(system), exclusions=False)
+    mdgraft_openmm.write_parameters(potential, system)
+    mdgraft_openmm.write_parameters(potential, context)
+    assert energy_of(context) == pytest.approx(potential(POSITIONS).item(), rel=1e-12)
+    mdgraft_openmm.write_parameters(perturb(potential), system)
+    with pytest.raises(
+        mdgraft.ParameterMismatchError, match=r"cannot take over its System's.*reinitialize"
+    ):
+        mdgraft_openmm.write_parameters(potential, context)
+
+
+@pytest.mark.parametrize(
+    "name", ["lambda", "type", "half", "training", "units", "n_particles", "forces", "a.b", ""]
+)
+def test_names_of_every_kind(name):
+    system = make_system()
+    for force in system.getForces():
+        force.setName(name)
+    nonbonded = system.getForce(2)
+    nonbonded.setGlobalParameterName(0, name)
+    _, *offset = nonbonded.getParticleParameterOffset(0)
+    nonbonded.setParticleParameterOffset(0, name, *offset)
+    _, *offset = nonbonded.getExceptionParameterOffset(0)
+    nonbonded.setExceptionParameterOffset(0, name, *offset)
+    potential = perturb(mdgraft.graft(system))
+    again = mdgraft.graft(system)
+    again.load_state_dict(potential.state_dict())
+    mdgraft_openmm.write_parameters(copy.deepcopy(again), system)
+    energy = energy_of(make_context(system))
+    assert energy == pytest.approx(potential(POSITIONS).item(), rel=1e-12)
+    parameters = {key: value.detach() for key, value in potential.named_parameters()}
+    called = torch.func.functional_call(mdgraft.graft(system), parameters, (POSITIONS,))
+    assert called.item() == pytest.approx(energy, rel=1e-12)
+
+
+def test_global_parameters_that_a_potential_cannot_tell_apart():
+    system = make_system()
+    system.getForce(2).addGlobalParameter("a.b", 0.0)
+    system.getForce(2).addGlobalParameter("a_b", 0.0)
+    with pytest.raises(mdgraft.InvalidInputError, match=r"'a.b' and 'a_b' would both be"):
+        mdgraft.graft(system)
+
+
 def test_ties_survive():
     system = make_system()
     potential = mdgraft.graft(system)

@@ -99,6 +99,12 @@ BAD: dict[str, tuple[str, str, str]] = {
     "stray gas": ('unit = "g/cm3"', "gas_energy = 0.0", "belong to a heat_of_vaporization only"),
     "gas temperature": ("temperature = 300.0\nrigid", "temperature = 310.0\nrigid", "is at 310 K"),
     "rigid density": ('unit = "g/cm3"', 'system = "gas"', "is rigid and not sampled"),
+    "rigid energy": (
+        '[targets.density]\nvalue = 1.0\nuncertainty = 0.01\nunit = "g/cm3"',
+        '[targets.energy]\nobservable = "potential_energy"\nsystem = "gas"\n'
+        "value = 1.0\nuncertainty = 1.0",
+        "set convergence.target_uncertainty",
+    ),
     "name": ("[parameters.sigma]", '[parameters."a b"]', "letters, digits and underscores"),
     "same name": ("[parameters.sigma]", "[parameters.density]", "name both a parameter and a"),
     "no systems": (GOOD[: GOOD.index("[parameters.sigma]")], "", "systems: is missing"),

@@ -5,6 +5,7 @@ import io
 
 import mdgraft
 import numpy as np
+import openmm.unit
 import pytest
 import torch
 from mdgraft.potentials import AbstractTerm, Potential
@@ -203,6 +204,7 @@ BAD_INPUT = {
     "positions-nan": ((NAN, BOX), "positions: NaN or infinity at particle 1 of frame 0"),
     "positions-text": (("water", BOX), "positions: cannot be read as numbers in nm"),
     "positions-complex": ((X + 0j, BOX), "positions: got dtype torch.complex128"),
+    "positions-unit": ((X.numpy() * openmm.unit.kelvin, BOX), "positions: .*unit is kelvin"),
     "box-missing": ((X,), "box: got None, but this potential is periodic"),
     "box-lengths": ((X, torch.ones(3)), r"box: got shape \(3,\).*use torch.diag"),
     "box-frames": ((X, BOX.expand(2, 3, 3)), r"box: leading shape \(2,\) does not broadcast"),

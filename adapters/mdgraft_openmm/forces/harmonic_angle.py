@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import openmm
-from mdgraft import ParameterMismatchError
 from mdgraft.potentials.bonded import HarmonicAngle
 
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
@@ -31,13 +30,14 @@ class HarmonicAngleConverter(AbstractConverter):
             p1, p2, p3, _, _ = force.getAngleParameters(i)
             force.setAngleParameters(i, p1, p2, p3, values["angle"][i], values["k"][i])
 
-    def check(self, values: Values, force: openmm.HarmonicAngleForce) -> None:
-        """Refuse angles that no Context accepts."""
+    def refused(self, values: Values, force: openmm.HarmonicAngleForce) -> str | None:
+        """Find angles that no Context accepts."""
         # The slack is OpenMM's own.
         outside = (values["angle"] < 0.0) | (values["angle"] > 1.000001 * math.pi)
-        if outside.any():
-            i = int(outside.argmax())
-            raise ParameterMismatchError(
-                f"{force.getName()}.angle: entry {i} is {values['angle'][i]:g} radian; OpenMM "
-                "accepts only angles from 0 to pi. Clamp it before writing"
-            )
+        if not outside.any():
+            return None
+        i = int(outside.argmax())
+        return (
+            f"{force.getName()}.angle: entry {i} is {values['angle'][i]:g} radian; OpenMM accepts "
+            "only angles from 0 to pi"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import openmm
-from mdgraft import ParameterMismatchError
 from mdgraft.potentials.bonded import HarmonicBond
 
 from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, column
@@ -28,11 +27,12 @@ class HarmonicBondConverter(AbstractConverter):
             p1, p2, _, _ = force.getBondParameters(i)
             force.setBondParameters(i, p1, p2, values["length"][i], values["k"][i])
 
-    def check(self, values: Values, force: openmm.HarmonicBondForce) -> None:
-        """Refuse lengths that no Context accepts."""
-        if (values["length"] < 0.0).any():
-            i = int(values["length"].argmin())
-            raise ParameterMismatchError(
-                f"{force.getName()}.length: entry {i} is {values['length'][i]:g} nm; OpenMM "
-                "accepts only lengths that are not negative. Clamp it before writing"
-            )
+    def refused(self, values: Values, force: openmm.HarmonicBondForce) -> str | None:
+        """Find lengths that no Context accepts."""
+        if not (values["length"] < 0.0).any():
+            return None
+        i = int(values["length"].argmin())
+        return (
+            f"{force.getName()}.length: entry {i} is {values['length'][i]:g} nm; OpenMM accepts "
+            "only lengths that are not negative"
+        )

@@ -7,7 +7,7 @@ import math
 
 import openmm
 import torch
-from mdgraft import InvalidInputError, ParameterMismatchError
+from mdgraft import InvalidInputError
 from mdgraft.potentials.nonbonded import Method, Nonbonded, NonbondedSettings, Offsets
 
 from mdgraft_openmm._converter import (
@@ -114,22 +114,22 @@ class NonbondedConverter(AbstractConverter):
         if "reaction_field_dielectric" in values:
             force.setReactionFieldDielectric(float(values["reaction_field_dielectric"]))
 
-    def check(self, values: Values, force: openmm.NonbondedForce) -> None:
-        """Refuse what OpenMM would refuse or misread."""
+    def refused(self, values: Values, force: openmm.NonbondedForce) -> str | None:
+        """Find what no Context accepts."""
         for key in ("sigma", "epsilon", "exception_sigma", "exception_epsilon"):
             if len(values[key]) and values[key].min() < 0:
-                raise ParameterMismatchError(
+                return (
                     f"{force.getName()}.{key}: entry {int(values[key].argmin())} is "
-                    f"{values[key].min():g}; OpenMM accepts only values that are not negative. "
-                    "Train a positive transform of it, or clamp it before writing"
+                    f"{values[key].min():g}; OpenMM accepts only values that are not negative"
                 )
         if "switching_distance" in values:
             distance, cutoff = float(values["switching_distance"]), _cutoff(force)
             if not 0 <= distance < cutoff:
-                raise ParameterMismatchError(
+                return (
                     f"{force.getName()}.switching_distance: {distance:g} nm is not between 0 and "
                     f"the cutoff, {cutoff:g} nm"
                 )
+        return None
 
     def structural(self, values: Values, force: openmm.NonbondedForce) -> list[str]:
         """Changes that no live Context takes over: see `AbstractConverter.structural`."""
@@ -168,13 +168,7 @@ def _switching_distance(force: openmm.NonbondedForce, method: Method) -> torch.T
     # OpenMM ignores the switching function in these two methods.
     if not force.getUseSwitchingFunction() or method in (Method.NO_CUTOFF, Method.LJPME):
         return None
-    distance, cutoff = number(force.getSwitchingDistance()), _cutoff(force)
-    if not 0 <= distance < cutoff:
-        raise InvalidInputError(
-            f"{force.getName()}: switching distance {distance:g} nm is not between 0 and the "
-            f"cutoff, {cutoff:g} nm"
-        )
-    return torch.tensor(distance, dtype=torch.float64)
+    return _scalar(force.getSwitchingDistance())
 
 
 def _offsets(
@@ -203,8 +197,17 @@ def _settings(force: openmm.NonbondedForce, host: Host) -> NonbondedSettings:
         and bool(force.getExceptionsUsePeriodicBoundaryConditions()),
         include_direct=bool(force.getIncludeDirectSpace()),
     )
+    if not settings.cutoff > 0:
+        raise InvalidInputError(
+            f"{force.getName()}: has a cutoff of {settings.cutoff:g} nm, which must be positive"
+        )
     if not method.ewald:
         return settings
+    if not 0 < force.getEwaldErrorTolerance() < 0.5:
+        raise InvalidInputError(
+            f"{force.getName()}: has an Ewald error tolerance of "
+            f"{force.getEwaldErrorTolerance():g}, which must lie between 0 and 0.5"
+        )
     if method is Method.EWALD:
         alpha, kmax = _ewald_parameters(force, host)
         return dataclasses.replace(settings, alpha=alpha, kmax=kmax)

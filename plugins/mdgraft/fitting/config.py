@@ -348,6 +348,11 @@ class FitConfig(_Table):
             raise ValueError(f"{key}: gas and gas_energy belong to a heat_of_vaporization only")
         if system.rigid and kind != "potential_energy":
             raise ValueError(f"{key}: systems.{target.system} is rigid and not sampled")
+        if system.rigid and not self.convergence.target_uncertainty:
+            raise ValueError(
+                f"{key}: the energy of a rigid system has no standard error to converge within; "
+                "set convergence.target_uncertainty = true"
+            )
 
     def digest(self) -> str:
         """Fingerprint of everything but the iteration limit, which a resumed run may raise."""

@@ -71,10 +71,12 @@ def _spectrum(
         ..., None, None, :
     ]
 
+    # The transform of no frames at all is an error on some devices.
+    n_meshes = max(n_frames, 1)
     density = torch.zeros(
-        n_frames * math.prod(grid), dtype=spread.dtype, device=spread.device
+        n_meshes * math.prod(grid), dtype=spread.dtype, device=spread.device
     ).index_add(0, flat.reshape(-1), spread.reshape(-1))
-    transform = torch.fft.fftn(density.reshape(n_frames, *grid), dim=(-3, -2, -1))
+    transform = torch.fft.fftn(density.reshape(n_meshes, *grid), dim=(-3, -2, -1))[:n_frames]
     result: Tensor = transform.real**2 + transform.imag**2
     return result
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError, MissingBoxError
-from mdgraft._units import plain
+from mdgraft._units import NANOMETER, plain
 from mdgraft.kernels.observe import observe
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def as_frames(
             f"positions: got shape {tuple(x.shape)}, wanted (..., {n}, 3) for {n} particles"
         )
     leading = x.shape[:-2]
-    frames = x.reshape(-1, n, 3)
+    frames = x.reshape(leading.numel(), n, 3)
     if box is None:
         if potential.periodic:
             raise MissingBoxError(
@@ -54,7 +54,7 @@ def as_frames(
 
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     try:
-        numbers = plain(value)
+        numbers = plain(value, NANOMETER)
         if isinstance(numbers, list | tuple):
             # Torch would round Python's numbers to its default precision, which is single.
             numbers = np.asarray(numbers)
@@ -86,18 +86,22 @@ def check_frames(frames: Tensor, cells: Tensor | None) -> None:
         if not bool(torch.isfinite(h).all()):
             raise InvalidInputError("box: holds NaN or infinity")
         diagonal = h.diagonal(dim1=-2, dim2=-1)
-        if bool((diagonal <= 0).any()):
+        negative = (diagonal <= 0).any(dim=-1)
+        if bool(negative.any()):
             raise InvalidInputError(
-                f"box: diagonal {diagonal[0].tolist()} must be positive; rows are box vectors"
+                f"box: diagonal {diagonal[negative][0].tolist()} must be positive; "
+                "rows are box vectors"
             )
         slack = 1e-5 * diagonal.amax(dim=-1, keepdim=True)
         upper = h[:, (0, 0, 1), (1, 2, 2)].abs()
         lower = h[:, (1, 2, 2), (0, 0, 1)].abs() - 0.5 * diagonal[:, (0, 0, 1)]
-        if bool((upper > slack).any()) or bool((lower > slack).any()):
+        oblique = ((upper > slack) | (lower > slack)).any(dim=-1)
+        if bool(oblique.any()):
             raise InvalidInputError(
-                f"box: {h[0].tolist()} is not in reduced form; the first vector must lie along x, "
-                "the second in the xy plane, and off-diagonal elements must not exceed half of the "
-                "diagonal (openmm.app.internal.unitcell.reducePeriodicBoxVectors reduces it)"
+                f"box: {h[oblique][0].tolist()} is not in reduced form; the first vector must "
+                "lie along x, the second in the xy plane, and off-diagonal elements must not "
+                "exceed half of the diagonal (openmm.app.internal.unitcell.reducePeriodicBoxVectors "
+                "reduces it)"
             )
         return torch.empty(0, dtype=torch.long, device=h.device)
 

@@ -1,0 +1,40 @@
+"""Where OpenMM itself is not right, so that a difference is no fault of the graft."""
+
+from __future__ import annotations
+
+import numpy as np
+import openmm
+
+from mdgraft_openmm._adapter import energy_forces
+from mdgraft_openmm._converter import number
+from mdgraft_openmm.virtual_sites import read_sites
+
+_WITH_NEIGHBOR_LIST = (
+    openmm.NonbondedForce.CutoffPeriodic,
+    openmm.NonbondedForce.PME,
+    openmm.NonbondedForce.LJPME,
+)
+
+
+def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
+    """Remarks on a comparison with OpenMM's Reference platform (8.4 to 8.6) in this box [nm]."""
+    found: list[str] = []
+    if not np.tril(box, -1).any():
+        return found
+    for name, force in energy_forces(system).items():
+        if (
+            isinstance(force, openmm.NonbondedForce)
+            and force.getNonbondedMethod() in _WITH_NEIGHBOR_LIST
+            and min(box[1, 1], box[2, 2]) < 3 * number(force.getCutoffDistance())
+        ):
+            found.append(
+                f"{name}: in a tilted box less than three cutoffs high OpenMM's Reference platform "
+                "may overlook pairs; its CPU platform and a sum over all pairs do not"
+            )
+    sites = read_sites(system)
+    if sites is not None and sites.periodic:
+        found.append(
+            "SymmetrySite: in a tilted box OpenMM's forces on the parents are not the gradient of "
+            "its energy; the graft's are"
+        )
+    return found
