@@ -24,6 +24,8 @@ Progress = Callable[[int, int], None]
 
 # Below this many particles the Reference platform is the fastest one.
 _SMALL = 48
+# Up to this many particles one thread of the CPU platform is nearly as fast as several.
+_ONE_THREAD = 2000
 # Steps between chances to interrupt.
 _STRIDE = 1000
 _BAROSTATS = (
@@ -79,8 +81,9 @@ class Sampler:
         for fewer than 48 particles.
     properties
         Platform properties. The defaults are deterministic forces and, on the CPU platform, one
-        thread, unless the environment sets ``OPENMM_CPU_THREADS``. ``{"Threads": "8"}`` is faster
-        for large systems, but then frames are reproducible only up to rounding, which grows.
+        thread for systems of up to 2000 particles unless the environment sets
+        ``OPENMM_CPU_THREADS``. Larger systems use all cores; then frames are reproducible only up
+        to rounding, which grows, unless ``{"Threads": "1"}`` is given.
     seed
         Seed of everything random. The same seed, platform and thread count give the same frames.
     timestep
@@ -402,7 +405,8 @@ class Sampler:
             chosen = openmm.Platform.getPlatformByName(self._default_platform())
         known = set(chosen.getPropertyNames())
         defaults = {"DeterministicForces": "true"}
-        if chosen.getName() == "CPU" and "OPENMM_CPU_THREADS" not in os.environ:
+        threads_chosen = "OPENMM_CPU_THREADS" in os.environ
+        if chosen.getName() == "CPU" and self.n_particles <= _ONE_THREAD and not threads_chosen:
             # Even with deterministic forces, several threads do not give the same bits twice.
             defaults["Threads"] = "1"
         merged = {k: v for k, v in defaults.items() if k in known} | dict(properties or {})

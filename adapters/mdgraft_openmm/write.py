@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from mdgraft import ParameterMismatchError, Potential
+from mdgraft import InvalidInputError, ParameterMismatchError, Potential
+from mdgraft.potentials import AbstractTerm
 
 from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters
 from mdgraft_openmm._converter import Host, global_key
@@ -21,7 +22,9 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
     A ``System`` gets new force parameters and new defaults of global parameters. A ``Context`` or
     ``Simulation`` has its System's forces updated, ``updateParametersInContext`` called and its
     global parameters set. A value that did not change is left as the host has it, so a round trip
-    is exact in float32 too. Nothing is written if anything cannot be.
+    is exact in float32 too. Nothing is written if anything cannot be. OpenMM's dispersion
+    correction sees the declared defaults of global parameters: when those of a ``System`` change,
+    graft it again to follow.
 
     Parameters
     ----------
@@ -32,21 +35,32 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
 
     Raises
     ------
+    InvalidInputError
+        If ``potential`` is not one.
     ParameterMismatchError
-        If forces or shapes do not match, a value is not finite or not allowed by OpenMM, or a live
-        Context cannot take over a change (such as an exclusion that becomes an interaction).
+        If forces, the particles that they act on or shapes do not match, a value is not finite or
+        not allowed by OpenMM, or a live Context cannot take over a change (such as an exclusion
+        that becomes an interaction).
     """
     host = as_host(system_or_context)
+    if not isinstance(potential, Potential):
+        raise InvalidInputError(
+            f"potential: got {type(potential).__name__}, wanted what mdgraft.graft returns"
+        )
     forces = energy_forces(host.system)
     _check_terms(potential, forces)
     new = {name: value.detach() for name, value in potential.values().items()}
-    current = _host_values(host, forces)
+    # Without the Context, which is asked for mesh parameters only.
+    bare = Host(system=host.system)
+    terms = {name: CONVERTERS[type(force)].read(force, bare) for name, force in forces.items()}
+    current = _host_values(terms)
     merged: dict[str, dict[str, np.ndarray]] = {}
     for name, force in forces.items():
         merged[name] = {
             key: _merge(f"{name}.{key}", old, new.get(f"{name}.{key}"))
             for key, old in current[name].items()
         }
+        _check_topology(name, potential.term(name), terms[name])
         converter = CONVERTERS[type(force)]
         refused = converter.refused(merged[name], force)
         if refused:
@@ -82,18 +96,31 @@ def _check_terms(potential: Potential, forces: Mapping[str, openmm.Force]) -> No
         )
 
 
-def _host_values(
-    host: Host, forces: Mapping[str, openmm.Force]
-) -> dict[str, dict[str, np.ndarray]]:
+def _check_topology(name: str, term: AbstractTerm, host_term: AbstractTerm) -> None:
+    lost = term.parameter_values().keys() - host_term.parameter_values().keys()
+    theirs = dict(host_term.named_buffers())
+    for key, buffer in term.named_buffers():
+        # Integers and masks say what acts on what.
+        if not buffer.is_floating_point():
+            other = theirs.get(key)
+            if other is None or not torch.equal(buffer.cpu(), other):
+                lost.add(key)
+    if lost:
+        raise ParameterMismatchError(
+            f"{name}: the host's force differs from the potential's term in {sorted(lost)}; write "
+            "into the System that was grafted or a copy of it"
+        )
+
+
+def _host_values(terms: Mapping[str, AbstractTerm]) -> dict[str, dict[str, np.ndarray]]:
     """What the host holds now, by term and parameter."""
-    found = {}
-    for name, force in forces.items():
-        term = CONVERTERS[type(force)].read(force, host)
-        found[name] = {
+    return {
+        name: {
             key: value.detach().numpy().astype(np.float64)
             for key, value in term.parameter_values().items()
         }
-    return found
+        for name, term in terms.items()
+    }
 
 
 def _merge(name: str, old: np.ndarray, new: torch.Tensor | None) -> np.ndarray:

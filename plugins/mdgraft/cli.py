@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("config", metavar="CONFIG.toml", help="what to fit to what")
     fit.add_argument(
-        "--output", metavar="DIR", help="where to write (default: beside the configuration)"
+        "--output", metavar="DIR", help="where to write (default: CONFIG_fit in the current folder)"
     )
     fit.add_argument("--resume", action="store_true", help="continue a fit that was interrupted")
     _add_trust(fit)

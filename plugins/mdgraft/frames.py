@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,9 +118,11 @@ class Frames:
 
     def save(self, path: str | Path) -> None:
         """Write a NumPy ``.npz`` file with the arrays by name."""
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self._tensors().items()}
+        arrays: dict[str, Any] = {
+            name: tensor.detach().cpu().numpy() for name, tensor in self._tensors().items()
+        }
         with open(path, "wb") as stream:
-            np.savez(stream, allow_pickle=False, sampled=np.array(self.sampled or ""), **arrays)
+            np.savez(stream, sampled=np.array(self.sampled or ""), **arrays)
 
     @staticmethod
     def load(path: str | Path) -> Frames:

@@ -340,6 +340,14 @@ def test_cpu_platform_grid_is_taken_from_the_context():
     assert (settings.alpha, list(settings.grid)) == (alpha, grid)
 
 
+def test_cpu_platform_needs_positions_first():
+    built = build(Case("PME"))
+    platform = openmm.Platform.getPlatformByName("CPU")
+    context = openmm.Context(built.system, openmm.VerletIntegrator(0.001), platform)
+    with pytest.raises(mdgraft.InvalidInputError, match="set its positions first"):
+        mdgraft.graft(context)
+
+
 def test_context_supplies_global_parameters():
     built = build(Case("PME", offsets=True))
     context = built.context()

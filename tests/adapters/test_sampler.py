@@ -317,12 +317,13 @@ def test_coincident_particles_are_an_error() -> None:
         sampler.sample(1, positions=np.zeros((2, 3)))
 
 
-def test_cpu_platform_runs_on_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_systems_run_on_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENMM_CPU_THREADS", raising=False)
 
-    def threads(**settings: object) -> str:
-        sampler = Sampler(ideal_gas(), temperature=TEMPERATURE, platform="CPU", **settings)  # type: ignore[arg-type]
-        return sampler.properties["Threads"]
+    def threads(n: int = 20, **settings: object) -> str:
+        sampler = Sampler(ideal_gas(n), temperature=TEMPERATURE, platform="CPU", **settings)  # type: ignore[arg-type]
+        return sampler.properties.get("Threads", "all")
 
     assert threads() == "1"
+    assert threads(3000) == "all"
     assert threads(properties={"Threads": "2"}) == "2"

@@ -236,5 +236,13 @@ def test_other_systems_are_refused():
     longer.getForce(0).addBond(0, 2, 0.1, 1.0)
     with pytest.raises(mdgraft.ParameterMismatchError, match=r"shape \(4,\), the host \(5,\)"):
         mdgraft_openmm.write_parameters(potential, longer)
+    moved = copy.deepcopy(system)
+    moved.getForce(0).setBondParameters(1, 1, 3, 0.1, 1.0)
+    with pytest.raises(
+        mdgraft.ParameterMismatchError, match=r"HarmonicBondForce: .* differs .* \['particles'\]"
+    ):
+        mdgraft_openmm.write_parameters(potential, moved)
     with pytest.raises(mdgraft.UnsupportedHostError, match="got builtins.str, wanted an openmm"):
         mdgraft_openmm.write_parameters(potential, "system.xml")
+    with pytest.raises(mdgraft.InvalidInputError, match="potential: got System, wanted what"):
+        mdgraft_openmm.write_parameters(system, system)

@@ -174,6 +174,10 @@ class TestTies:
             ("k", {"Anchor.k": ...}, "the tied entries differ .from 1 to 3.; pass value="),
             ("k", {"Anchor.k": [3]}, "indices reach from 3 to 3, the parameter has 3 entries"),
             ("k", {"Anchor.k": torch.ones(2, dtype=torch.bool)}, r"the mask has shape \(2,\)"),
+            ("k", {"Anchor.k": "all"}, r"members\['Anchor.k'\]: got 'all', wanted None"),
+            ("k", {"Anchor.k": [0.5]}, r"got \[0.5\], wanted None, ..., a boolean mask"),
+            ("k", {"Anchor.k": [1, 1]}, "an entry is selected more than once"),
+            ("k", {"Anchor.k": ([0, 1], [1.0, 1.0, 1.0])}, r"\(3,\) factors for 2 entries"),
             ("k", {"Anchor.k": []}, "no entry is selected"),
             ("k", {}, "no entry is selected"),
             ("a.b", {"Spring.k": ...}, "a tie needs a new name without dots"),
@@ -182,6 +186,11 @@ class TestTies:
     def test_mistakes(self, label, members, message):
         with pytest.raises(mdgraft.InvalidInputError, match=message):
             make().tie(label, members)
+
+    @pytest.mark.parametrize("value", [float("nan"), torch.ones(3)])
+    def test_values_that_a_tie_cannot_have(self, value):
+        with pytest.raises(mdgraft.InvalidInputError, match="value: .* wanted one finite number"):
+            make().tie("k", {"Anchor.k": ...}, value=value)
 
     def test_an_entry_is_tied_once(self):
         potential = make().tie("k", {"Spring.k": [0, 1]})

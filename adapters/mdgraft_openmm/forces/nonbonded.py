@@ -267,7 +267,13 @@ def _pme_parameters(
             alpha, *grid = get(host.context)
         except openmm.OpenMMException:
             # The CPU platform sets its mesh up when it first computes an energy.
-            host.context.getState(energy=True)
+            try:
+                host.context.getState(energy=True)
+            except openmm.OpenMMException as error:
+                raise InvalidInputError(
+                    f"host_object: the Context cannot compute its mesh parameters yet ({error}); "
+                    "set its positions first, or graft its System"
+                ) from error
             alpha, *grid = get(host.context)
         return number(alpha), (int(grid[0]), int(grid[1]), int(grid[2]))
     alpha, *grid = force.getLJPMEParameters() if dispersion else force.getPMEParameters()

@@ -139,8 +139,9 @@ def _within(
     """Half list of one frame as two int64 arrays."""
     if box is not None and np.any(np.diagonal(box) < 1.999999 * cutoff):
         raise BoxTooSmallError(
-            f"box has diagonal {np.diagonal(box).tolist()} nm, but a cutoff of {cutoff:g} nm needs "
-            f"at least {2 * cutoff:g} nm in every direction; use a larger box or a shorter cutoff"
+            f"box: has the diagonal {np.diagonal(box).tolist()} nm, but a cutoff of {cutoff:g} nm "
+            f"needs at least {2 * cutoff:g} nm in every direction; use a larger box or a shorter "
+            "cutoff"
         )
     if len(positions) < 2:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)

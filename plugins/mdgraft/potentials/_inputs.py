@@ -100,8 +100,8 @@ def check_frames(frames: Tensor, cells: Tensor | None) -> None:
             raise InvalidInputError(
                 f"box: {h[oblique][0].tolist()} is not in reduced form; the first vector must "
                 "lie along x, the second in the xy plane, and off-diagonal elements must not "
-                "exceed half of the diagonal (openmm.app.internal.unitcell.reducePeriodicBoxVectors "
-                "reduces it)"
+                "exceed half of the diagonal "
+                "(openmm.app.internal.unitcell.reducePeriodicBoxVectors reduces it)"
             )
         return torch.empty(0, dtype=torch.long, device=h.device)
 

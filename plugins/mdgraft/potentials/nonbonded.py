@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mdgraft._errors import InvalidInputError
 from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERGY, NANOMETER
 from mdgraft.kernels.ewald import ewald_reciprocal
 from mdgraft.kernels.pairs import Pairs, all_pairs, exclusion_keys, neighbor_pairs
@@ -173,7 +174,9 @@ class Nonbonded(AbstractTerm):
             self.add_parameter("switching_distance", switching_distance, NANOMETER)
         if settings.method in (Method.CUTOFF_NON_PERIODIC, Method.CUTOFF_PERIODIC):
             if reaction_field_dielectric is None:
-                raise ValueError("reaction_field_dielectric: needed by the cutoff methods")
+                raise InvalidInputError(
+                    "reaction_field_dielectric: got None, but the cutoff methods need a number"
+                )
             self.add_parameter(
                 "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
             )

@@ -242,8 +242,8 @@ class Potential(nn.Module):
         Raises
         ------
         InvalidInputError
-            For an unknown name, an entry that is tied already, or entries that differ when no
-            value is given.
+            For an unknown name, a selection that makes no sense, an entry that is tied already,
+            a value that is not one finite number, or entries that differ when no value is given.
         """
         current = self.values()
         resolved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -274,8 +274,11 @@ class Potential(nn.Module):
                     f"{entries.max().item():g}); pass value= to say what they become"
                 )
             value = entries[0]
-        initial = torch.as_tensor(value, dtype=entries.dtype, device=entries.device).reshape(())
-        ties.add(label, initial, unit or "", resolved)
+        initial = torch.as_tensor(value, dtype=entries.dtype, device=entries.device)
+        if initial.numel() != 1 or not bool(torch.isfinite(initial).all()):
+            raise InvalidInputError(f"value: got {value!r}, wanted one finite number")
+        initial = initial.reshape(())
+        ties.add(label, initial, resolved)
         self.units[f"tied.{label}"] = unit or ""
         return self
 
@@ -305,7 +308,15 @@ def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tenso
     if selection is None or selection is ...:
         index = torch.arange(values.numel(), device=values.device)
     else:
-        chosen = torch.as_tensor(selection, device=values.device)
+        try:
+            chosen = torch.as_tensor(selection, device=values.device)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = values
+        if chosen.is_floating_point() and chosen.numel():
+            raise InvalidInputError(
+                f"members[{name!r}]: got {selection!r}, wanted None, ..., a boolean mask, flat "
+                "indices, or a pair (selection, factors)"
+            )
         if chosen.dtype == torch.bool:
             if chosen.shape != values.shape:
                 raise InvalidInputError(
@@ -320,5 +331,11 @@ def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tenso
             f"members[{name!r}]: indices reach from {int(index.min())} to {int(index.max())}, "
             f"the parameter has {values.numel()} entries"
         )
+    if index.unique().numel() != index.numel():
+        raise InvalidInputError(f"members[{name!r}]: an entry is selected more than once")
     factor = torch.as_tensor(factors, dtype=values.dtype, device=values.device)
+    if factor.shape not in ((), (1,), index.shape):
+        raise InvalidInputError(
+            f"members[{name!r}]: {tuple(factor.shape)} factors for {index.numel()} entries"
+        )
     return index, factor.expand(index.shape).clone()

@@ -20,11 +20,8 @@ class Ties(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._members: dict[str, tuple[str, ...]] = {}
-        self.units: dict[str, str] = {}
 
-    def add(
-        self, label: str, value: Tensor, unit: str, members: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> None:
+    def add(self, label: str, value: Tensor, members: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a tie.
 
         Parameters
@@ -42,7 +39,6 @@ class Ties(nn.Module):
                 f"and {sorted(self._members)} are taken"
             )
         self._parameters[label] = nn.Parameter(value.detach().clone())
-        self.units[label] = unit
         self._members[label] = tuple(members)
         for position, (index, factor) in enumerate(members.values()):
             self._buffers[f"{label}_index_{position}"] = index
