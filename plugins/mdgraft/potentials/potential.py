@@ -331,7 +331,7 @@ def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tenso
             f"members[{name!r}]: indices reach from {int(index.min())} to {int(index.max())}, "
             f"the parameter has {values.numel()} entries"
         )
-    if index.unique().numel() != index.numel():
+    if len(torch.unique(index)) != len(index):
         raise InvalidInputError(f"members[{name!r}]: an entry is selected more than once")
     factor = torch.as_tensor(factors, dtype=values.dtype, device=values.device)
     if factor.shape not in ((), (1,), index.shape):
