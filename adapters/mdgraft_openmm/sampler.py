@@ -14,6 +14,7 @@ import openmm
 import torch
 from mdgraft import Frames, InvalidInputError, WrongEnsembleError
 from mdgraft._errors import SimulationError
+from mdgraft._units import plain as strip_units
 
 from mdgraft_openmm._converter import number
 from mdgraft_openmm._intervals import decorrelation_interval
@@ -488,7 +489,7 @@ class Sampler:
 
     def _checked_start(self, positions: Any) -> Frames:
         try:
-            x = np.array(_plain(positions, "nanometer"), dtype=float)
+            x = _numbers(positions)
         except (TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"positions: cannot be read as numbers in nm ({error})"
@@ -554,13 +555,15 @@ def _count(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def _numbers(lengths: Any) -> np.ndarray:
+    """Quantities, tensors, arrays or lists of lengths as a float64 array [nm]."""
+    if torch.is_tensor(lengths):
+        return np.array(lengths.detach().cpu().numpy(), dtype=float)
+    return np.array(strip_units(lengths), dtype=float)
+
+
 def _vectors(box: Any) -> np.ndarray:
-    vectors = np.array(
-        _plain(box, "nanometer")
-        if not isinstance(box, list | tuple)
-        else [_plain(row, "nanometer") for row in box],
-        dtype=float,
-    )
+    vectors = _numbers(box)
     if vectors.shape != (3, 3):
         raise InvalidInputError(
             f"box: got shape {vectors.shape}, wanted (3, 3) with box vectors as rows"

@@ -301,6 +301,21 @@ def test_bad_positions_are_refused(case: str) -> None:
         sampler.sample(1, positions=positions)
 
 
+def test_positions_and_box_may_be_tensors() -> None:
+    positions = torch.tensor(ideal_gas_positions(), requires_grad=True)
+    sampler = Sampler(
+        ideal_gas(),
+        positions=positions,
+        box=4 * torch.eye(3),
+        temperature=TEMPERATURE,
+        interval=0.01,
+        equilibration=0.0,
+    )
+    frames = sampler.sample(1)
+    assert frames.box is not None
+    assert torch.equal(frames.box[0], 4 * torch.eye(3, dtype=torch.float64))
+
+
 def test_blown_up_simulation_is_an_error() -> None:
     sampler = harmonic_sampler(timestep=5.0, interval=500.0, friction=1e-3, equilibration=0.0)
     with pytest.raises(SimulationError, match="try a timestep below 5 ps"):

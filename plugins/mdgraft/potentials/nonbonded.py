@@ -101,6 +101,11 @@ class Offsets:
 
 _PARTICLE = ("charge", "sigma", "epsilon")
 _EXCEPTION = ("exception_charge_product", "exception_sigma", "exception_epsilon")
+# The quantities that each kind of offset changes.
+_OFFSETS = {
+    "particle_offset": ("charge", "sigma", "epsilon"),
+    "exception_offset": ("charge_product", "sigma", "epsilon"),
+}
 
 
 class Nonbonded(AbstractTerm):
@@ -180,14 +185,13 @@ class Nonbonded(AbstractTerm):
             self.add_parameter(
                 "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
             )
-        self._add_offsets("particle_offset", particle_offsets, ("charge", "sigma", "epsilon"))
-        self._add_offsets(
-            "exception_offset", exception_offsets, ("charge_product", "sigma", "epsilon")
-        )
+        self._add_offsets("particle_offset", particle_offsets)
+        self._add_offsets("exception_offset", exception_offsets)
 
-    def _add_offsets(self, kind: str, offsets: Offsets | None, names: tuple[str, ...]) -> None:
+    def _add_offsets(self, kind: str, offsets: Offsets | None) -> None:
         if offsets is None:
             return
+        names = _OFFSETS[kind]
         for field in ("target", "parameter", "active"):
             self.register_buffer(f"{kind}_{field}", getattr(offsets, field))
         units = (CHARGE if names[0] == "charge" else CHARGE_SQUARED, NANOMETER, ENERGY)
@@ -251,7 +255,7 @@ class Nonbonded(AbstractTerm):
         factor = present[parameter]
         if not replaced:
             factor = torch.where(active, factor, 0.0)
-        scales = [value for name, value in values.items() if name.startswith(f"{kind}_")]
+        scales = [values[f"{kind}_{name}_scale"] for name in _OFFSETS[kind]]
         return [
             quantity.index_add(0, target, factor * scale)
             for quantity, scale in zip(base, scales, strict=True)
