@@ -1,6 +1,6 @@
 """Every gradient of a box of water, from one energy to an average with error bars.
 
-Run with ``python examples/02_gradients_of_water.py``; it takes about half a minute.
+Run with ``python examples/02_gradients_of_water.py``; it takes less than a minute.
 """
 
 import mdgraft

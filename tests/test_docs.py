@@ -20,11 +20,17 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def _included(block: str) -> str:
+    """The text of a block, or that of the file that it includes."""
+    file = re.fullmatch(r'--8<-- "(.+)"\n', block)
+    return (ROOT / file[1]).read_text(encoding="utf-8") if file else block
+
+
 def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     """Fenced blocks of a page with the line on which each begins."""
     text = path.read_text(encoding="utf-8")
     return [
-        (text.count("\n", 0, found.start()) + 1, found[1])
+        (text.count("\n", 0, found.start()) + 1, _included(found[1]))
         for found in re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
     ]
 
@@ -43,8 +49,6 @@ def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
     from mdgraft.fitting.config import load_config
 
     text = "\n".join(block for _, block in blocks(page, "toml"))
-    included = re.fullmatch(r'--8<-- "(.+)"\n', text)
-    text = (ROOT / included[1]).read_text(encoding="utf-8") if included else text
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
     assert (
         load_config(tmp_path / "page.toml").targets.keys() == tomllib.loads(text)["targets"].keys()
