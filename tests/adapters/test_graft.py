@@ -140,7 +140,6 @@ def test_an_empty_system():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["CutoffPeriodic", "Ewald", "PME", "LJPME"])
 def test_the_same_energy_and_forces_on_a_gpu(method):
     system = charged(method=getattr(openmm.NonbondedForce, method))

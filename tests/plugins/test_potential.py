@@ -266,7 +266,6 @@ def test_numpy_scalars_do_not_leak():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     potential = make(periodic=True).to("cuda")
     energy = potential(X.cuda(), BOX.cuda())

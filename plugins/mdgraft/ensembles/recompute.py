@@ -83,7 +83,7 @@ def recompute(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     del outputs
     if not leaves:
         return tuple(values)
-    result: tuple[Tensor, ...] = _Recomputed.apply(  # type: ignore[no-untyped-call]
-        function, values, *leaves
-    )
+    # Some versions of torch leave `apply` without types.
+    apply: Any = _Recomputed.apply
+    result: tuple[Tensor, ...] = apply(function, values, *leaves)
     return result

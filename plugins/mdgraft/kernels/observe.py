@@ -69,5 +69,7 @@ def observe(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Te
     tensors
         Tensors of shape ``(frames, ...)``.
     """
-    result: Tensor = _Observe.apply(function, fold, *tensors)  # type: ignore[no-untyped-call]
+    # Some versions of torch leave `apply` without types.
+    apply: Any = _Observe.apply
+    result: Tensor = apply(function, fold, *tensors)
     return result
