@@ -143,6 +143,10 @@ class Sampler:
         self.n_particles = system.getNumParticles()
         if self.n_particles == 0:
             raise InvalidInputError("system: has no particles")
+        if topology is not None and not hasattr(topology, "getNumAtoms"):
+            raise InvalidInputError(
+                f"topology: got {type(topology).__qualname__}, wanted an openmm.app.Topology"
+            )
         if topology is not None and topology.getNumAtoms() != self.n_particles:
             raise InvalidInputError(
                 f"topology: has {topology.getNumAtoms()} atoms, the system "
@@ -243,8 +247,15 @@ class Sampler:
             yield frames
 
     def resume(self, state: Frames, block: int) -> None:
-        """Continue from a stored state as if ``block`` blocks had just been sampled."""
-        self._checked_frame(state)
+        """Continue from a stored state as if ``block`` blocks had just been sampled.
+
+        The state needs velocities, and the sampler the ``interval`` of the run that it continues.
+        """
+        self._checked_moving(state)
+        if self.interval is None:
+            raise InvalidInputError(
+                "interval: must be that of the run to continue; make this Sampler with interval="
+            )
         self._state, self._block = state, _count("block", block, 0)
 
     # Stages; each is a function of its arguments and the seed alone -----------------------------
@@ -323,6 +334,7 @@ class Sampler:
             raise InvalidInputError(
                 "interval: not known yet; pass interval= or call measure_interval() first"
             )
+        self._checked_moving(state)
         seeds = _Streams.derive(self.seed, _PRODUCTION, stream, index)
         context = self._context(state, seeds)
         steps = max(1, self._steps(self.interval))
@@ -410,7 +422,9 @@ class Sampler:
         if chosen.getName() == "CPU" and self.n_particles <= _ONE_THREAD and not threads_chosen:
             # Even with deterministic forces, several threads do not give the same bits twice.
             defaults["Threads"] = "1"
-        merged = {k: v for k, v in defaults.items() if k in known} | dict(properties or {})
+        merged = {k: v for k, v in defaults.items() if k in known} | {
+            key: str(value) for key, value in (properties or {}).items()
+        }
         if set(merged) - known:
             raise InvalidInputError(
                 f"properties: {sorted(set(merged) - known)} are unknown to the "
@@ -512,6 +526,8 @@ class Sampler:
         return Frames(positions=torch.from_numpy(x)[None], box=box)
 
     def _checked_frame(self, state: Frames) -> Frames:
+        if not isinstance(state, Frames):
+            raise InvalidInputError(f"state: got {type(state).__name__}, wanted mdgraft.Frames")
         if state.n_particles != self.n_particles:
             raise InvalidInputError(
                 f"state: has {state.n_particles} particles, the system {self.n_particles}"
@@ -519,6 +535,13 @@ class Sampler:
         if self._system.usesPeriodicBoundaryConditions() and state.box is None:
             raise InvalidInputError("state: has no box, but the system is periodic")
         return state
+
+    def _checked_moving(self, state: Frames) -> None:
+        if self._checked_frame(state).velocities is None:
+            raise InvalidInputError(
+                "state: has no velocities, without which a run cannot continue where it was; pass "
+                "Sampler.state, or equilibrate(state, minimize=False) to draw new ones"
+            )
 
 
 def _plain(value: Any, unit: str) -> Any:

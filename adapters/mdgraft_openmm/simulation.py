@@ -74,7 +74,8 @@ class OpenMMSimulation(AbstractSimulation):
         if config.rigid:
             self._positions = self._rigid_positions()
         else:
-            self.pressure = self._sampler().pressure
+            interval = None if config.interval == "auto" else config.interval
+            self.pressure = self._sampler(interval).pressure
 
     @staticmethod
     def _files(config: SystemConfig, folder: Path) -> dict[str, Path]:

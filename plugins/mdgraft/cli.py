@@ -53,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except MDGraftError as error:
         return _fail(str(error), type(error).__name__, arguments.json)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _fail(f"{error.filename}: {error.strerror}", type(error).__name__, arguments.json)
     except KeyboardInterrupt:
         print("mdgraft: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -62,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as head, has seen enough; keep the interpreter from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        # A missing file, a read-only or full disk.
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{where}{error.strerror or error}", type(error).__name__, arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:

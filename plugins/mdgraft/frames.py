@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Frames:
     sampled: str | None = None
 
     def __post_init__(self) -> None:
+        for name, tensor in self._tensors().items():
+            if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+                kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+                raise InvalidInputError(
+                    f"{name}: got {kind}, wanted a tensor of floating-point numbers; "
+                    "torch.as_tensor(array, dtype=torch.float64) makes one"
+                )
         if self.positions.ndim != 3 or self.positions.shape[-1] != 3:
             raise InvalidInputError(
                 f"positions: got shape {tuple(self.positions.shape)}, wanted (frames, N, 3)"
@@ -86,6 +94,8 @@ class Frames:
 
     def batches(self, size: int) -> Iterator[Frames]:
         """Split into batches of at most ``size`` frames, in order."""
+        if size < 1:
+            raise InvalidInputError(f"size: got {size}, wanted at least 1 frame")
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
@@ -126,9 +136,13 @@ class Frames:
 
     @staticmethod
     def load(path: str | Path) -> Frames:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as archive:
-            tensors = {
-                name: torch.from_numpy(archive[name]) for name in archive.files if name != "sampled"
-            }
-            return Frames(**tensors, sampled=str(archive["sampled"]) or None)
+        """Read what `save` wrote; any other file raises `InvalidInputError`."""
+        try:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            sampled = str(arrays.pop("sampled")) or None
+            return Frames(**{n: torch.from_numpy(a) for n, a in arrays.items()}, sampled=sampled)
+        except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"path: {path} does not hold what Frames.save writes ({error})"
+            ) from error

@@ -17,6 +17,7 @@ import numpy as np
 import openmm
 import pytest
 from mdgraft import ConfigurationError, InvalidInputError, UntrustedInputError, graft
+from mdgraft._errors import SimulationError
 from mdgraft._units import BAR_NM3, BOLTZMANN
 from mdgraft.fitting import load_config, run
 from mdgraft.fitting.parameters import tie_parameters
@@ -38,6 +39,9 @@ def scaled_energy(frames, potential):
 
 def vector(frames):
     return frames.positions[:, 0]
+
+def broken(frames):
+    raise RuntimeError("no such thing")
 """
 
 DIMERS = """
@@ -511,6 +515,14 @@ WRONG: dict[str, tuple[str, str, type[Exception], str]] = {
         ConfigurationError,
         "cannot be import",
     ),
+    "failing": (
+        "fit_observables:bond",
+        "fit_observables:broken",
+        ConfigurationError,
+        r"broken' failed \(RuntimeError: no such thing, .*fit_observables.py, line 14\)",
+    ),
+    "interval": ("interval = 0.5", "interval = 1e-3", InvalidInputError, "shorter than the time"),
+    "blow-up": ("timestep = 0.01", "timestep = 0.2", SimulationError, "did the simulation blow up"),
     "shape": (
         "fit_observables:bond",
         "fit_observables:vector",

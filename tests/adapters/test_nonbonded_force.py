@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
+import sys
 import zlib
 
 import mdgraft
@@ -259,6 +261,31 @@ def test_batches_and_transforms(built, potential):
     for name, parameter in potential.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(gradients[name], expected, rtol=1e-12, atol=1e-9)
+
+
+def clear_caches():
+    for name in [name for name in sys.modules if name.startswith("mdgraft.")]:
+        for member in vars(sys.modules[name]).values():
+            if isinstance(member, functools._lru_cache_wrapper):
+                member.cache_clear()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_use_inside_a_transform_leaves_nothing_behind(method):
+    """What is cached in nested transforms must not belong to them."""
+    built = build(Case(method), n=6)
+    potential = mdgraft.graft(built.system)
+    expected = potential.forces(built.x, built.h)
+
+    def forces(x):
+        return potential.forces(x, built.h)
+
+    clear_caches()
+    torch.func.jvp(forces, (built.x,), (built.x,))
+    torch.testing.assert_close(forces(built.x), expected)
+    clear_caches()
+    torch.vmap(forces)(built.x.expand(2, -1, -1))
+    torch.testing.assert_close(forces(built.x), expected)
 
 
 def test_single_precision(built, potential):

@@ -7,7 +7,7 @@ import openmm
 import openmm.unit as unit
 import pytest
 import torch
-from mdgraft import InvalidInputError, WrongEnsembleError
+from mdgraft import Frames, InvalidInputError, WrongEnsembleError
 from mdgraft._errors import SimulationError
 from mdgraft._units import BAR_NM3, BOLTZMANN
 from mdgraft.ensembles import standard_error
@@ -143,6 +143,19 @@ def test_restart_between_blocks_is_exact(pressure: float | None, platform: str) 
     assert torch.equal(rest.box, whole.box[10:])
 
 
+def test_a_run_continues_only_from_a_whole_state() -> None:
+    state = harmonic_sampler().sample(1)
+    still = Frames(positions=state.positions, box=state.box)
+    for attempt in (
+        lambda: harmonic_sampler().resume(still, 1),
+        lambda: harmonic_sampler().block(0, 1, still),
+    ):
+        with pytest.raises(InvalidInputError, match="state: has no velocities"):
+            attempt()
+    with pytest.raises(InvalidInputError, match="interval: must be that of the run"):
+        Sampler(wells(), temperature=TEMPERATURE).resume(state, 1)
+
+
 def test_successive_calls_continue() -> None:
     whole = harmonic_sampler().sample(20)
     sampler = harmonic_sampler()
@@ -265,6 +278,7 @@ REFUSED: dict[str, tuple[object, dict[str, object], type[Exception], str]] = {
         InvalidInputError,
         "unknown to the Reference platform",
     ),
+    "topology": (wells(), {"topology": "x.pdb"}, InvalidInputError, "topology: got str"),
     "two barostats": (two_barostats(), {}, InvalidInputError, "2 barostats"),
     "other pressure": (with_barostat(), {"pressure": 1.0}, WrongEnsembleError, "has 2 bar"),
     "other temperature": (

@@ -201,6 +201,8 @@ FAILURES = {
     ),
     "base": (MDGraftError("no"), 2, "mdgraft: no"),
     "no file": (FileNotFoundError(2, "No such file or directory", "c.toml"), 2, "c.toml: No such"),
+    "full disk": (OSError(28, "No space left on device"), 2, "mdgraft: No space left"),
+    "read-only": (OSError(30, "Read-only file system", "out"), 2, "mdgraft: out: Read-only"),
     "interrupt": (KeyboardInterrupt(), 130, "interrupted"),
 }
 

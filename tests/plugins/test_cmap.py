@@ -53,7 +53,7 @@ def test_slopes_are_those_of_a_periodic_spline(size: int) -> None:
     values = np.random.default_rng(size).normal(size=size)
     closed = np.append(values, values[0])
     expected = CubicSpline(np.arange(size + 1), closed, bc_type="periodic")(np.arange(size), 1)
-    found = spline_slopes(size) @ torch.tensor(values)
+    found = torch.tensor(spline_slopes(size)) @ torch.tensor(values)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 

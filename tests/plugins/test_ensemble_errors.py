@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from mdgraft import (
@@ -24,6 +25,7 @@ from mdgraft.ensembles import (
     Volume,
 )
 from mdgraft.testsystems import HarmonicOscillators
+from openmm import unit
 
 T = 300.0
 
@@ -150,6 +152,10 @@ BOXED = dataclasses.replace(FRAMES, box=torch.eye(3, dtype=torch.float64).expand
             InvalidInputError,
             "not finite, the first is frame 1",
         ),
+        (FRAMES, {"temperature": 300.0 * unit.bar}, InvalidInputError, "temperature: .*kelvin"),
+        (BOXED, {"pressure": 1.0 * unit.kelvin}, InvalidInputError, "pressure: .*bar"),
+        (FRAMES, {"gradient": "covariance"}, InvalidInputError, "gradient: got str"),
+        (FRAMES.positions, {}, InvalidInputError, "frames: got Tensor, wanted a mdgraft.Frames"),
     ],
 )
 def test_bad_states_are_refused(frames, options, error, message):
@@ -165,6 +171,7 @@ def test_bad_states_are_refused(frames, options, error, message):
         (lambda f: f.positions[0, 0], r"observable: returned shape \(3,\)"),
         (lambda f: 1.0, "observable: returned float"),
         (lambda f: f.positions[:, 0, 0] + 0j, "real numbers"),
+        (lambda f: f.positions[:, 0, 0] * math.nan, "NaN or infinity"),
     ],
 )
 def test_bad_observables_are_refused(observable, message):
@@ -199,6 +206,26 @@ def test_bad_requests_are_refused():
 def test_bad_observable_arguments_are_refused(make, message):
     with pytest.raises(InvalidInputError, match=message):
         make(HarmonicOscillators(1, k=1.0).potential)
+
+
+@pytest.mark.parametrize(
+    "positions", [np.zeros((2, 1, 3)), [[[0.0, 0.0, 0.0]]], torch.zeros(2, 1, 3, dtype=torch.int64)]
+)
+def test_frames_hold_floating_point_tensors(positions):
+    with pytest.raises(InvalidInputError, match="positions: got .*wanted a tensor of floating"):
+        Frames(positions=positions)
+
+
+def test_foreign_files_hold_no_frames(tmp_path):
+    foreign, text, torn = (tmp_path / name for name in ("foreign.npz", "text.npz", "torn.npz"))
+    np.savez(foreign, other=np.zeros(3))
+    text.write_text("nothing")
+    FRAMES.save(torn)
+    assert torch.equal(Frames.load(torn).positions, FRAMES.positions)
+    torn.write_bytes(torn.read_bytes()[:-50])
+    for path in (foreign, text, torn):
+        with pytest.raises(InvalidInputError, match=r"does not hold what Frames\.save writes"):
+            Frames.load(path)
 
 
 def test_infinite_energies_are_refused():

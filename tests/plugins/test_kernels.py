@@ -190,5 +190,5 @@ def test_spline_moduli(n):
     sums = sum(v * np.exp(2j * math.pi * frequencies * k / n) for k, v in values.items())
     expected = np.abs(sums) ** 2
     regular = expected > 1e-7
-    np.testing.assert_allclose(_moduli(n).numpy()[regular], expected[regular], rtol=1e-12)
-    assert bool((_moduli(n) > 1e-7).all())
+    np.testing.assert_allclose(_moduli(n)[regular], expected[regular], rtol=1e-12)
+    assert (_moduli(n) > 1e-7).all()

@@ -102,6 +102,16 @@ def test_intervals_cover_the_gradient(n_frames, correlation):
     assert 0.88 <= coverage(influence_gradient(x * x, 0.5 * x * x), -1.0) <= 0.98
 
 
+@pytest.mark.parametrize(("n_frames", "correlation"), [(200, 0.8), (500, 0.9), (2000, 0.98)])
+def test_intervals_cover_when_other_coordinates_add_noise(n_frames, correlation):
+    """As above for <(x + 1/2)^2>, with k shared by three coordinates and few effective frames."""
+    x = chain(n_frames, correlation, 3 * REPLICAS, seed=n_frames).reshape(n_frames, REPLICAS, 3)
+    energy = 0.5 * x.square().sum(dim=-1)
+    x = x[..., 0]
+    assert 0.88 <= coverage(influence_gradient(x * x, energy), -1.0) <= 0.98
+    assert 0.88 <= coverage(influence_gradient((x + 0.5) ** 2, energy), -1.0) <= 0.98
+
+
 @pytest.mark.parametrize(("n_frames", "correlation"), [(500, 0.0), (1000, 0.8), (4000, 0.9)])
 def test_intervals_cover_gradients_that_vanish(n_frames, correlation):
     x = chain(n_frames, correlation, REPLICAS, seed=n_frames)

@@ -263,10 +263,8 @@ def _pme_parameters(
     """
     if host.context is not None:
         get = force.getLJPMEParametersInContext if dispersion else force.getPMEParametersInContext
-        try:
-            alpha, *grid = get(host.context)
-        except openmm.OpenMMException:
-            # The CPU platform sets its mesh up when it first computes an energy.
+        if host.context.getPlatform().getName() == "CPU":
+            # This platform settles its mesh when it first computes an energy, and not before.
             try:
                 host.context.getState(energy=True)
             except openmm.OpenMMException as error:
@@ -274,7 +272,7 @@ def _pme_parameters(
                     f"host_object: the Context cannot compute its mesh parameters yet ({error}); "
                     "set its positions first, or graft its System"
                 ) from error
-            alpha, *grid = get(host.context)
+        alpha, *grid = get(host.context)
         return number(alpha), (int(grid[0]), int(grid[1]), int(grid[2]))
     alpha, *grid = force.getLJPMEParameters() if dispersion else force.getPMEParameters()
     alpha = number(alpha)

@@ -83,6 +83,10 @@ class Ensemble:
         self.temperature = _temperature(temperature)
         self.pressure = _pressure(pressure)
         self.gradient = Covariance() if gradient is None else gradient
+        if not isinstance(self.gradient, Covariance):
+            raise InvalidInputError(
+                f"gradient: got {type(gradient).__name__}, wanted mdgraft.ensembles.Covariance()"
+            )
         _check_state(potential, frames, self.pressure)
         if batch_size is None:
             batch_size = max(1, _BATCH_PARTICLES // max(1, frames.n_particles))
@@ -135,7 +139,8 @@ class Ensemble:
         InsufficientOverlapError
             If the parameters have moved too far from those that generated the frames.
         InvalidInputError
-            If the observable returns a wrong shape, or the energy of a frame is not finite.
+            If the observable returns a wrong shape or NaN, or the energy of a frame is not
+            finite.
         """
         parts = [
             recompute(functools.partial(self._evaluate, batch, observable))
@@ -372,11 +377,17 @@ def _observe(observable: Observable, batch: Frames) -> Tensor:
         )
     if value.is_complex():
         raise InvalidInputError(f"observable: returned {value.dtype}, wanted real numbers")
+    if not bool(torch.isfinite(value).all()):
+        raise InvalidInputError("observable: returned NaN or infinity for one or more frames")
     return value.double()
 
 
 def _temperature(value: Any) -> float:
-    number = _number("temperature", plain(value), "K")
+    try:
+        kelvin = plain(value, "kelvin")
+    except TypeError as error:
+        raise InvalidInputError(f"temperature: got {value!r}; {error}") from None
+    number = _number("temperature", kelvin, "K")
     if not number > 0.0:
         raise InvalidInputError(f"temperature: got {number:g}, wanted a positive number of K")
     return number
@@ -387,7 +398,10 @@ def _pressure(value: Any) -> float | None:
         return None
     if hasattr(value, "value_in_unit"):
         # The unit system's own pressure is Da/(nm ps^2), so bar is asked for by name.
-        value = value.value_in_unit(sys.modules["openmm.unit"].bar)
+        try:
+            value = value.value_in_unit(sys.modules["openmm.unit"].bar)
+        except TypeError as error:
+            raise InvalidInputError(f"pressure: got {value!r}; {error}") from None
     return _number("pressure", value, "bar")
 
 
@@ -404,6 +418,12 @@ def _number(name: str, value: Any, unit: str) -> float:
 
 
 def _check_state(potential: Potential, frames: Frames, pressure: float | None) -> None:
+    for name, value, wanted in (("potential", potential, Potential), ("frames", frames, Frames)):
+        if not isinstance(value, wanted):
+            raise InvalidInputError(
+                f"{name}: got {type(value).__name__}, wanted a {wanted.__module__.split('.')[0]}."
+                f"{wanted.__name__}"
+            )
     if len(frames) < 2:
         raise InvalidInputError(f"frames: got {len(frames)}, an ensemble needs at least 2")
     if frames.n_particles != potential.n_particles:

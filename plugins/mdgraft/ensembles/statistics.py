@@ -140,10 +140,12 @@ def standard_error(influence: Tensor) -> Tensor:
       excess kurtosis k (Hall, The Bootstrap and Edgeworth Expansion (1992), section 2.6).
 
     The sample skewness of few frames is both noisy, where tails are heavy, and too small, where
-    the distribution is skewed. ``s^2`` is therefore replaced by ``4 max(0, s^2 - 0.4 k)``, which
-    vanishes for symmetric tails, times ``(3/2 - 1/(2 g))^2``, the gain in skewness by correlation
-    of the square of an Ornstein-Uhlenbeck process. The two numbers were chosen for the coverage
-    of gradients of harmonic averages over such processes.
+    the distribution is skewed. ``s^2`` is therefore multiplied by 4, by
+    ``(3/2 - 1/(2 g))^2``, the gain in skewness by correlation of the square of an
+    Ornstein-Uhlenbeck process, and by a factor that rises from 0 to 1 while ``s^2 / (k + 2)``,
+    the squared correlation of the series with its own square, rises from 0.3 to 0.6: it leaves
+    symmetric tails alone. The numbers were chosen for the coverage of gradients of harmonic
+    averages over such processes.
 
     Parameters
     ----------
@@ -174,7 +176,8 @@ def _standard_error(columns: Tensor) -> tuple[Tensor, Tensor]:
     widened = g / (1.0 - window / n).clamp(min=0.2)
     z2 = _Z * _Z
     gain = 4.0 * (1.5 - 0.5 / widened).square()
-    skewed = gain * (skewness_squared - 0.4 * kurtosis).clamp(min=0.0)
+    one_sided = skewness_squared / (kurtosis + 2.0).clamp(min=1e-12)
+    skewed = gain * skewness_squared * ((one_sided - 0.3) / 0.3).clamp(min=0.0, max=1.0)
     hall = (
         (z2 + 3.0) / 4.0 + skewed * (z2 * z2 + 2.0 * z2 - 3.0) / 18.0 - kurtosis * (z2 - 3.0) / 12.0
     ) * (widened / n)

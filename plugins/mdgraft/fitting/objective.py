@@ -335,10 +335,12 @@ class Objective:
     ) -> Evaluation:
         targets = combine(self.config, averages, self.names)
         for name, average in targets.items():
-            if not math.isfinite(average.value):
+            numbers = [average.value, *average.gradient.values()]
+            if not all(map(math.isfinite, numbers)) or math.isnan(average.standard_error):
                 raise SimulationError(
                     f"targets.{name}: the average at {dict(zip(self.names, point, strict=True))} "
-                    f"is {average.value}"
+                    f"is {average.value:g} +- {average.standard_error:g} with gradient "
+                    f"{average.gradient}; did the simulation blow up?"
                 )
         overlaps = {name: sampled.overlap() for name, sampled in self._sampled.items()}
         number = self._next_set() if resampled else self._next_set() - 1

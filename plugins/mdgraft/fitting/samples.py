@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,7 @@ class SampleStore:
                 interval = self.simulation.measure_interval(state, stream=number)
             chosen = float(interval)
             write_atomically(path, lambda p: _save_block(p, state, interval=chosen))
-        with np.load(path, allow_pickle=False) as archive:
-            interval_found = float(archive["interval"])
-        return _load_block(path)[1], interval_found
+        return _load_block(path)[1], float(_load_arrays(path)["interval"])
 
 
 def _save_block(path: Path, frames: Frames, *, interval: float = 0.0) -> None:
@@ -128,15 +127,28 @@ def _save_block(path: Path, frames: Frames, *, interval: float = 0.0) -> None:
         )
 
 
+def _load_arrays(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
+        arrays, reason = {}, str(error)
+    else:
+        reason = "arrays are missing"
+    if not {"positions", "sampled", "interval"} <= arrays.keys():
+        raise ConfigurationError(f"{path}: is damaged ({reason}); start again without --resume")
+    return arrays
+
+
 def _load_block(path: Path) -> tuple[Frames, Frames]:
     """Frames without velocities, and the last one with them."""
-    with np.load(path, allow_pickle=False) as archive:
-        box = torch.from_numpy(archive["box"]) if "box" in archive.files else None
-        positions = torch.from_numpy(archive["positions"])
-        velocities = None
-        if "last_velocities" in archive.files:
-            velocities = torch.from_numpy(archive["last_velocities"])
-        sampled = str(archive["sampled"]) or None
+    archive = _load_arrays(path)
+    box = torch.from_numpy(archive["box"]) if "box" in archive else None
+    positions = torch.from_numpy(archive["positions"])
+    velocities = None
+    if "last_velocities" in archive:
+        velocities = torch.from_numpy(archive["last_velocities"])
+    sampled = str(archive["sampled"]) or None
     frames = Frames(positions=positions, box=box, sampled=sampled)
     last = Frames(
         positions=positions[-1:],

@@ -7,14 +7,14 @@ import importlib
 import importlib.util
 import inspect
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import cast
 
 from torch import Tensor
 
-from mdgraft._errors import ConfigurationError
+from mdgraft._errors import ConfigurationError, MDGraftError
 from mdgraft._types import Observable
 from mdgraft.fitting.averages import Average, thermal_energy
 from mdgraft.fitting.config import OBSERVABLES, FitConfig, TargetConfig
@@ -127,16 +127,24 @@ def load_function(reference: str, folder: Path, potential: Potential) -> Observa
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    if len(required) == 1:
-        return cast(Observable, function)
-    if len(required) != 2:
+    if len(required) not in (1, 2):
         raise ConfigurationError(
             f"observable: {reference!r} takes {len(required)} arguments, wanted (frames) or "
             "(frames, potential)"
         )
 
     def observable(frames: Frames) -> Tensor:
-        values: Tensor = function(frames, potential)
+        try:
+            values: Tensor = function(*(frames, potential)[: len(required)])
+        except MDGraftError:
+            raise
+        # Whatever the user's code runs into.
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigurationError(
+                f"observable: {reference!r} failed ({type(error).__name__}: {error}, "
+                f"{where.filename}, line {where.lineno})"
+            ) from error
         return values
 
     return observable

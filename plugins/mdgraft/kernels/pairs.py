@@ -55,9 +55,10 @@ class Pairs:
         return energies.new_zeros(n_frames).index_add(0, self.frame, energies)
 
 
+# Arrays, since a tensor made inside a torch.func transform must not outlive it.
 @functools.lru_cache(maxsize=8)
-def _triangle(n_particles: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    first, second = torch.triu_indices(n_particles, n_particles, offset=1, device=device)
+def _triangle(n_particles: int) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.triu_indices(n_particles, 1)
     return first, second
 
 
@@ -79,7 +80,9 @@ def exclusion_keys(pairs: Tensor, n_particles: int) -> Tensor:
 
 def all_pairs(n_particles: int, excluded: Tensor) -> Pairs:
     """Every pair that is not excluded, the same in all frames."""
-    first, second = _triangle(n_particles, excluded.device)
+    first, second = (
+        torch.as_tensor(index, device=excluded.device) for index in _triangle(n_particles)
+    )
     keep = _without(first, second, n_particles, excluded)
     return Pairs(first=first[keep], second=second[keep])
 

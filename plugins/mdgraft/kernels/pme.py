@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,13 +35,17 @@ def _spline(fraction: Tensor) -> Tensor:
     return torch.stack(weights, dim=-1)
 
 
+# The spline at the knots 4, 3, 2, 1, 0.
+_KNOTS = np.array([1, 11, 11, 1, 0]) / 24
+
+
+# An array, since a tensor made inside a torch.func transform must not outlive it.
 @functools.lru_cache(maxsize=64)
-def _moduli(n: int) -> Tensor:
+def _moduli(n: int) -> np.ndarray:
     """Squared moduli of the discrete Fourier transform of the spline, ``(n,)``."""
-    knots = torch.zeros(max(n, ORDER), dtype=torch.float64)
-    knots[:ORDER] = _spline(torch.zeros((), dtype=torch.float64))
-    wrapped = torch.zeros(n, dtype=torch.float64).index_add(0, torch.arange(len(knots)) % n, knots)
-    moduli: Tensor = torch.fft.fft(wrapped).abs() ** 2
+    wrapped = np.zeros(n)
+    np.add.at(wrapped, np.arange(ORDER) % n, _KNOTS)
+    moduli: np.ndarray = np.abs(np.fft.fft(wrapped)) ** 2
     # An odd order vanishes at the Nyquist frequency of an even grid: interpolate there.
     for i in range(n):
         if moduli[i] < 1e-7:
@@ -87,7 +92,7 @@ def _frequencies(box: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tenso
     index = [torch.fft.fftfreq(n, 1 / n, dtype=box.dtype, device=box.device) for n in grid]
     m = torch.stack(torch.meshgrid(*index, indexing="ij"), dim=-1)
     vectors = m @ reciprocal(box).transpose(-1, -2)[:, None, None]
-    bx, by, bz = (_moduli(n).to(box) for n in grid)
+    bx, by, bz = (torch.as_tensor(_moduli(n), dtype=box.dtype, device=box.device) for n in grid)
     return (vectors * vectors).sum(dim=-1), bx[:, None, None] * by[:, None] * bz
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,16 +16,17 @@ from mdgraft.potentials import geometry
 from mdgraft.potentials.term import AbstractTerm
 
 
+# An array, since a tensor made inside a torch.func transform must not outlive it.
 @functools.cache
-def spline_slopes(size: int) -> Tensor:
+def spline_slopes(size: int) -> np.ndarray:
     """Matrix from ``size`` values on a periodic unit grid to the slopes of their cubic spline.
 
     The spline's continuous second derivative asks for
     ``slope[i-1] + 4 slope[i] + slope[i+1] = 3 (value[i+1] - value[i-1])``.
     """
-    identity = torch.eye(size, dtype=torch.float64)
-    after, before = identity.roll(1, dims=1), identity.roll(-1, dims=1)
-    slopes: Tensor = torch.linalg.solve(before + 4.0 * identity + after, 3.0 * (after - before))
+    identity = np.eye(size)
+    after, before = np.roll(identity, 1, axis=1), np.roll(identity, -1, axis=1)
+    slopes: np.ndarray = np.linalg.solve(before + 4.0 * identity + after, 3.0 * (after - before))
     return slopes
 
 
@@ -114,7 +116,7 @@ class CMAPTorsion(AbstractTerm):
             grids = (start[chosen][:, None] + span).reshape(-1, n, n)
             members.append(grids.reshape(-1))
             self.register_buffer(f"_grids_{n}", grids, persistent=False)
-            self.register_buffer(f"_slopes_{n}", spline_slopes(n).clone(), persistent=False)
+            self.register_buffer(f"_slopes_{n}", torch.tensor(spline_slopes(n)), persistent=False)
         order = torch.argsort(torch.cat(members)) if members else torch.empty(0, dtype=torch.long)
         self.register_buffer("_order", order, persistent=False)
 
