@@ -140,7 +140,7 @@ def standard_error(influence: Tensor) -> Tensor:
       excess kurtosis k (Hall, The Bootstrap and Edgeworth Expansion (1992), section 2.6).
 
     The sample skewness of few frames is both noisy, where tails are heavy, and too small, where
-    the distribution is skewed. ``s^2`` is therefore multiplied by 4, by
+    the distribution is skewed. ``s^2`` is therefore multiplied by 2, by
     ``(3/2 - 1/(2 g))^2``, the gain in skewness by correlation of the square of an
     Ornstein-Uhlenbeck process, and by a factor that rises from 0 to 1 while ``s^2 / (k + 2)``,
     the squared correlation of the series with its own square, rises from 0.3 to 0.6: it leaves
@@ -175,7 +175,7 @@ def _standard_error(columns: Tensor) -> tuple[Tensor, Tensor]:
     kurtosis = centred.pow(4).mean(dim=0) / safe.square() - 3.0
     widened = g / (1.0 - window / n).clamp(min=0.2)
     z2 = _Z * _Z
-    gain = 4.0 * (1.5 - 0.5 / widened).square()
+    gain = 2.0 * (1.5 - 0.5 / widened).square()
     one_sided = skewness_squared / (kurtosis + 2.0).clamp(min=1e-12)
     skewed = gain * skewness_squared * ((one_sided - 0.3) / 0.3).clamp(min=0.0, max=1.0)
     hall = (
