@@ -513,12 +513,7 @@ WRONG: dict[str, tuple[str, str, type[Exception], str]] = {
         ConfigurationError,
         "cannot be import",
     ),
-    "failing": (
-        "fit_observables:bond",
-        "fit_observables:broken",
-        ConfigurationError,
-        r"broken' failed \(RuntimeError: no such thing, .*fit_observables.py, line 14\)",
-    ),
+    "failing": (":bond", ":broken", ConfigurationError, r"no such thing, .*, line 14\)"),
     "interval": ("interval = 0.5", "interval = 1e-3", InvalidInputError, "shorter than the time"),
     "blow-up": ("timestep = 0.01", "timestep = 0.2", SimulationError, "did the simulation blow up"),
     "shape": (
