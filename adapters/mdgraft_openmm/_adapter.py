@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,10 @@ import openmm
 import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
 from mdgraft.potentials import AbstractTerm, is_reserved
+from mdgraft.potentials.external import ExternalTerm
 
-from mdgraft_openmm._converter import Host, global_key, number
+from mdgraft_openmm._converter import Host, declared_globals, global_key, number
+from mdgraft_openmm._engine import ForceEngine
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -47,19 +51,17 @@ def energy_forces(system: openmm.System) -> dict[str, openmm.Force]:
     return named
 
 
-def global_parameters(host: Host) -> dict[str, float]:
-    """Global parameters of the native forces: the Context's values, or the declared defaults."""
+def global_parameters(host: Host, terms: Mapping[str, AbstractTerm]) -> dict[str, float]:
+    """Global parameters of the terms: the Context's values, or the declared defaults."""
     found: dict[str, float] = {}
-    for force in energy_forces(host.system).values():
-        for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)()):
-            name = force.getGlobalParameterName(i)
-            default = number(force.getGlobalParameterDefaultValue(i))
+    for name, force in energy_forces(host.system).items():
+        for parameter, default in _declared(force, terms[name]).items():
             if host.context is not None:
-                found[name] = number(host.context.getParameter(name))
-            elif found.setdefault(name, default) != default:
+                found[parameter] = number(host.context.getParameter(parameter))
+            elif found.setdefault(parameter, default) != default:
                 raise InvalidInputError(
                     f"host_object: forces declare different defaults for the global parameter "
-                    f"{name!r}, {found[name]:g} and {default:g}; OpenMM refuses that too"
+                    f"{parameter!r}, {found[parameter]:g} and {default:g}; OpenMM refuses that too"
                 )
     keys: dict[str, str] = {}
     for name in found:
@@ -72,37 +74,152 @@ def global_parameters(host: Host) -> dict[str, float]:
     return found
 
 
-def graft(host_object: Any, *, dtype: torch.dtype, device: torch.device | str) -> Potential:
+def _declared(force: Any, term: AbstractTerm) -> dict[str, float]:
+    """Global parameters that a force adds to a Context, with their defaults."""
+    converter = CONVERTERS.get(type(force))
+    if converter is not None:
+        return converter.global_defaults(force)
+    if hasattr(force, "getGlobalParameters"):
+        return {name: float(value) for name, value in force.getGlobalParameters().items()}
+    if hasattr(force, "getNumGlobalParameters"):
+        return declared_globals(force)
+    # A class that only its Context knows.
+    engine = term.engine if isinstance(term, ExternalTerm) else None
+    return engine.global_defaults if isinstance(engine, ForceEngine) else {}
+
+
+def read_native(force: openmm.Force, host: Host) -> AbstractTerm | None:
+    """The native term of a force, or None if it has none."""
+    converter = CONVERTERS.get(type(force))
+    try:
+        return converter.read(force, host) if converter is not None else None
+    except UnsupportedForceError:
+        return None
+
+
+def graft(
+    host_object: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    route: str | Mapping[str, str] = "auto",
+) -> Potential:
     """Build the potential; see `mdgraft.graft`."""
     host = as_host(host_object)
-    if not host.system.getNumParticles():
-        raise InvalidInputError("host_object: the System has no particles; add some first")
-    forces = energy_forces(host.system)
-    unsupported = {n: f for n, f in forces.items() if type(f) not in CONVERTERS}
-    if unsupported:
-        listed = ", ".join(f"{n} ({type(f).__name__})" for n, f in unsupported.items())
-        raise UnsupportedForceError(
-            f"host_object: no native torch form for {listed}. Native are "
-            f"{', '.join(sorted(cls.__name__ for cls in CONVERTERS))}. Until the others can be "
-            "evaluated by OpenMM inside the graph, graft a copy of the System without them "
-            "(copy.deepcopy(system), then system.removeForce(index)) and add their energies and "
-            "forces from a Context of their own"
-        )
-    terms: dict[str, AbstractTerm] = {
-        name: CONVERTERS[type(force)].read(force, host) for name, force in forces.items()
-    }
-    for name, term in terms.items():
-        _check_parameters(name, term, forces[name])
+    terms = read_terms(host, route)
     potential = Potential(
         terms,
         n_particles=host.system.getNumParticles(),
         global_parameters={
             global_key(name): torch.tensor(value, dtype=torch.float64)
-            for name, value in global_parameters(host).items()
+            for name, value in global_parameters(host, terms).items()
         },
         sites=read_sites(host.system),
+        routes={
+            name: "host" if isinstance(term, ExternalTerm) else "native"
+            for name, term in terms.items()
+        },
     )
     return potential.to(dtype=dtype, device=device)
+
+
+def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, AbstractTerm]:
+    """One term for each force that has energy, by the route asked for.
+
+    Raises
+    ------
+    InvalidInputError
+        If the System or the route makes no sense.
+    UnsupportedForceError
+        If the native route is asked for and there is none; it lists all such forces.
+    """
+    if not host.system.getNumParticles():
+        raise InvalidInputError("host_object: the System has no particles; add some first")
+    forces = energy_forces(host.system)
+    routes = _routes(forces, route)
+    terms: dict[str, AbstractTerm] = {}
+    missing: list[str] = []
+    for name, force in forces.items():
+        native = read_native(force, host)
+        if native is not None:
+            _check_parameters(name, native, force)
+        elif routes[name] == "native":
+            missing.append(f"{name} ({type(force).__name__})")
+            continue
+        if native is None or routes[name] == "host":
+            native = host_term(host, force, native)
+        terms[name] = native
+    if missing:
+        raise UnsupportedForceError(
+            f"route: no native torch form for {', '.join(missing)}; leave the route to "
+            "'auto', or ask for 'host', to have OpenMM evaluate them inside the graph"
+        )
+    return terms
+
+
+def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> ExternalTerm:
+    """A term that OpenMM evaluates, on the platform of the Context if there is one.
+
+    It has the parameters of the ``native`` term; None leaves only global ones.
+    """
+    converter = CONVERTERS.get(type(force)) if native is not None else None
+    values = native.parameter_values() if native is not None else {}
+    platform, properties = "Reference", {}
+    if host.context is not None:
+        used = host.context.getPlatform()
+        platform = used.getName()
+        properties = {
+            name: used.getPropertyValue(host.context, name)
+            for name in used.getPropertyNames()
+            if name in _PROPERTIES
+        }
+    engine = ForceEngine(
+        host.system,
+        [int(f.this) for f in host.system.getForces()].index(int(force.this)),
+        converter=converter,
+        names=tuple(values),
+        platform=platform,
+        properties=properties,
+    )
+    return ExternalTerm(
+        engine,
+        {key: value.detach().clone() for key, value in values.items()},
+        units=native.units if native is not None else {},
+        global_names=tuple(map(global_key, engine.global_defaults)),
+        periodic=native.periodic if native is not None else _periodic(force),
+    )
+
+
+#: Platform properties that a second Context can share.
+_PROPERTIES = ("Precision", "DeviceIndex", "Threads", "DeterministicForces", "UseCpuPme")
+_PROPERTIES += ("OpenCLPlatformIndex",)
+
+
+def _periodic(force: openmm.Force) -> bool:
+    try:
+        return bool(force.usesPeriodicBoundaryConditions())
+    except openmm.OpenMMException:
+        # A class that does not say may use the box.
+        return False
+
+
+def _routes(forces: Mapping[str, openmm.Force], route: str | Mapping[str, str]) -> dict[str, str]:
+    """The route of each term, from one for all or from patterns."""
+    asked = {"*": route} if isinstance(route, str) else dict(route)
+    routes = dict.fromkeys(forces, "auto")
+    for pattern, wanted in asked.items():
+        if wanted not in ("auto", "native", "host"):
+            raise InvalidInputError(
+                f"route: got {wanted!r}, wanted 'auto', 'native', 'host', or a mapping from "
+                "patterns of term names to these"
+            )
+        matches = fnmatch.filter(forces, pattern)
+        if not matches and not isinstance(route, str):
+            raise InvalidInputError(
+                f"route: {pattern!r} matches no term; there are {sorted(forces)}"
+            )
+        routes |= dict.fromkeys(matches, wanted)
+    return routes
 
 
 def _check_parameters(name: str, term: AbstractTerm, force: openmm.Force) -> None:

@@ -36,6 +36,9 @@ class Host:
 class AbstractConverter(abc.ABC):
     """Translates one Force class. Stateless; numbers are in OpenMM's unit system."""
 
+    #: Parameters in each entry of which the energy is a polynomial of at most the fourth degree.
+    polynomial: frozenset[str] = frozenset()
+
     @abc.abstractmethod
     def read(self, force: Any, host: Host) -> AbstractTerm:
         """Build the term, in double precision on the CPU."""
@@ -51,6 +54,29 @@ class AbstractConverter(abc.ABC):
     def structural(self, values: Values, force: Any) -> list[str]:
         """Name the changes in ``values`` that ``updateParametersInContext`` cannot take over."""
         return []
+
+    def global_defaults(self, force: Any) -> dict[str, float]:
+        """Declared defaults of the global parameters that the force adds to a Context."""
+        return declared_globals(force)
+
+    def set_global_default(self, force: Any, name: str, value: float) -> None:
+        """Declare a new default of a global parameter, if the force has it."""
+        set_declared_global(force, name, value)
+
+
+def declared_globals(force: Any) -> dict[str, float]:
+    """Global parameters that a Force lists, with their declared defaults."""
+    return {
+        force.getGlobalParameterName(i): number(force.getGlobalParameterDefaultValue(i))
+        for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)())
+    }
+
+
+def set_declared_global(force: Any, name: str, value: float) -> None:
+    """Declare a new default of a global parameter that a Force lists."""
+    for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)()):
+        if force.getGlobalParameterName(i) == name:
+            force.setGlobalParameterDefaultValue(i, value)
 
 
 def number(quantity: Any) -> float:

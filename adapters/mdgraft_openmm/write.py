@@ -11,8 +11,8 @@ import torch
 from mdgraft import InvalidInputError, ParameterMismatchError, Potential
 from mdgraft.potentials import AbstractTerm
 
-from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters
-from mdgraft_openmm._converter import Host, global_key
+from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters, read_native
+from mdgraft_openmm._converter import Host, declared_globals, global_key, set_declared_global
 from mdgraft_openmm.forces import CONVERTERS
 
 
@@ -49,10 +49,11 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
         )
     forces = energy_forces(host.system)
     _check_terms(potential, forces)
+    own = {name: potential.term(name) for name in forces}
     new = {name: value.detach() for name, value in potential.values().items()}
     # Without the Context, which is asked for mesh parameters only.
     bare = Host(system=host.system)
-    terms = {name: CONVERTERS[type(force)].read(force, bare) for name, force in forces.items()}
+    terms = {name: read_native(force, bare) for name, force in forces.items()}
     current = _host_values(terms)
     merged: dict[str, dict[str, np.ndarray]] = {}
     for name, force in forces.items():
@@ -60,7 +61,10 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
             key: _merge(f"{name}.{key}", old, new.get(f"{name}.{key}"))
             for key, old in current[name].items()
         }
-        _check_topology(name, potential.term(name), terms[name])
+        native = terms[name]
+        if native is None:
+            continue
+        _check_topology(name, potential.term(name), native)
         converter = CONVERTERS[type(force)]
         refused = converter.refused(merged[name], force)
         if refused:
@@ -71,9 +75,11 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
             _refuse_structural(name, converter.structural(merged[name], force))
     shared = {
         name: float(_merge(key, np.asarray(old), new.get(key)))
-        for name, old in global_parameters(host).items()
+        for name, old in global_parameters(host, own).items()
         for key in [f"globals.{global_key(name)}"]
     }
+    if host.context is None:
+        _check_settable(forces, global_parameters(host, own), shared)
 
     for name, force in forces.items():
         changed = any(not np.array_equal(merged[name][k], v) for k, v in current[name].items())
@@ -112,12 +118,12 @@ def _check_topology(name: str, term: AbstractTerm, host_term: AbstractTerm) -> N
         )
 
 
-def _host_values(terms: Mapping[str, AbstractTerm]) -> dict[str, dict[str, np.ndarray]]:
+def _host_values(terms: Mapping[str, AbstractTerm | None]) -> dict[str, dict[str, np.ndarray]]:
     """What the host holds now, by term and parameter."""
     return {
         name: {
             key: value.detach().numpy().astype(np.float64)
-            for key, value in term.parameter_values().items()
+            for key, value in (term.parameter_values() if term is not None else {}).items()
         }
         for name, term in terms.items()
     }
@@ -150,6 +156,8 @@ def _refuse_structural(name: str, changes: list[str]) -> None:
 
 def _update(name: str, force: Any, context: openmm.Context) -> None:
     # Also when nothing changed: its System may have been written to since the Context was made.
+    if not hasattr(force, "updateParametersInContext"):
+        return
     try:
         force.updateParametersInContext(context)
     except openmm.OpenMMException as error:
@@ -159,9 +167,29 @@ def _update(name: str, force: Any, context: openmm.Context) -> None:
         ) from error
 
 
+def _check_settable(
+    forces: Mapping[str, openmm.Force], old: Mapping[str, float], new: Mapping[str, float]
+) -> None:
+    """Raise for a changed default that no force of the System can declare."""
+    for name, value in new.items():
+        settable = any(name in _settable(force) for force in forces.values())
+        if value != old[name] and not settable:
+            raise ParameterMismatchError(
+                f"globals.{global_key(name)}: its force has no setter for the default of {name!r}; "
+                "write into a Context, which takes the value, or make the force anew"
+            )
+
+
+def _settable(force: openmm.Force) -> dict[str, float]:
+    converter = CONVERTERS.get(type(force))
+    return converter.global_defaults(force) if converter else declared_globals(force)
+
+
 def _set_default(forces: Mapping[str, openmm.Force], name: str, value: float) -> None:
     """Declare a new default in every force that has this global parameter."""
     for force in forces.values():
-        for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)()):
-            if force.getGlobalParameterName(i) == name:
-                force.setGlobalParameterDefaultValue(i, value)
+        converter = CONVERTERS.get(type(force))
+        if converter is not None:
+            converter.set_global_default(force, name, value)
+        else:
+            set_declared_global(force, name, value)

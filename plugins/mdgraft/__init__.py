@@ -9,6 +9,7 @@ from mdgraft._errors import MDGraftWarning as MDGraftWarning
 from mdgraft._errors import MissingBoxError as MissingBoxError
 from mdgraft._errors import ParameterMismatchError as ParameterMismatchError
 from mdgraft._errors import SimulationError as SimulationError
+from mdgraft._errors import UnsupportedDerivativeError as UnsupportedDerivativeError
 from mdgraft._errors import UnsupportedForceError as UnsupportedForceError
 from mdgraft._errors import UnsupportedHostError as UnsupportedHostError
 from mdgraft._errors import UntrustedInputError as UntrustedInputError

@@ -174,7 +174,7 @@ def compare_with_host(
         gradient = {name: _numpy(_gradient(energies[name], cell)) for name in periodic}
         rows += _box(gradient, host, positions, box, judge)
 
-    if gradients and host.parameter_energies is not None:
+    if gradients and host.parameter_energies is not None and dict(potential.named_parameters()):
         rng = np.random.default_rng(seed)
         total = torch.stack([e.sum() for e in energies.values()]).sum()
         magnitude = {name: abs(float(energy.detach())) for name, energy in energies.items()}

@@ -27,6 +27,10 @@ class UnsupportedForceError(MDGraftError, NotImplementedError):
     """A System holds forces that have no native torch form."""
 
 
+class UnsupportedDerivativeError(MDGraftError, NotImplementedError):
+    """A derivative of an order that a host-evaluated term does not have."""
+
+
 class ParameterMismatchError(MDGraftError, ValueError):
     """Parameters cannot be written into this host object."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -18,6 +19,7 @@ def graft(
     *,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
+    route: str | Mapping[str, str] = "auto",
 ) -> Potential:
     """Turn an object of a host package into a differentiable potential.
 
@@ -30,6 +32,11 @@ def graft(
         ``torch.float64`` or ``torch.float32``.
     device
         Where the potential computes.
+    route
+        How terms are evaluated: ``"native"`` in torch, ``"host"`` by the host inside the graph,
+        ``"auto"`` natively where there is a torch form and by the host otherwise. A mapping from
+        shell-style patterns of term names, such as ``{"NonbondedForce": "host"}``, chooses for
+        each; what it does not match is ``"auto"``. `Potential.routes` tells what was chosen.
 
     Returns
     -------
@@ -44,7 +51,7 @@ def graft(
     UnsupportedHostError
         If no installed adapter knows the object's class.
     UnsupportedForceError
-        If the system holds forces without a native torch form; it lists all of them.
+        If the native route is asked for and forces have no native torch form; it lists all.
     """
     if dtype not in (torch.float64, torch.float32):
         raise InvalidInputError(f"dtype: got {dtype!r}, wanted torch.float64 or torch.float32")
@@ -62,7 +69,9 @@ def graft(
                 f"{sorted(found)}; uninstall all but one"
             )
         for entry in found.values():
-            potential: Potential = entry.load()(host_object, dtype=dtype, device=device)
+            potential: Potential = entry.load()(
+                host_object, dtype=dtype, device=device, route=route
+            )
             return potential
     cls = type(host_object)
     raise UnsupportedHostError(

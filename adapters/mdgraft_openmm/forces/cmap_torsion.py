@@ -19,6 +19,8 @@ from mdgraft_openmm._converter import (
 class CMAPTorsionConverter(AbstractConverter):
     """CMAPTorsionForce <-> CMAPTorsion."""
 
+    polynomial = frozenset({"energy"})
+
     def read(self, force: openmm.CMAPTorsionForce, host: Host) -> CMAPTorsion:
         """Build the term."""
         n = host.system.getNumParticles()

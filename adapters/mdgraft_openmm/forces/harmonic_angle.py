@@ -13,6 +13,8 @@ from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_i
 class HarmonicAngleConverter(AbstractConverter):
     """HarmonicAngleForce <-> HarmonicAngle."""
 
+    polynomial = frozenset({"angle", "k"})
+
     def read(self, force: openmm.HarmonicAngleForce, host: Host) -> HarmonicAngle:
         """Build the term."""
         n = host.system.getNumParticles()

@@ -11,6 +11,8 @@ from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_i
 class HarmonicBondConverter(AbstractConverter):
     """HarmonicBondForce <-> HarmonicBond."""
 
+    polynomial = frozenset({"length", "k"})
+
     def read(self, force: openmm.HarmonicBondForce, host: Host) -> HarmonicBond:
         """Build the term."""
         rows = [force.getBondParameters(i) for i in range(force.getNumBonds())]

@@ -37,6 +37,8 @@ _EXCEPTION_SCALES = tuple(
 class NonbondedConverter(AbstractConverter):
     """NonbondedForce <-> Nonbonded."""
 
+    polynomial = frozenset({"charge", "exception_charge_product", "exception_epsilon"})
+
     def read(self, force: openmm.NonbondedForce, host: Host) -> Nonbonded:
         """Build the term with the host's own Ewald parameters."""
         name, n = force.getName(), host.system.getNumParticles()

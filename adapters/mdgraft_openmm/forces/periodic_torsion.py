@@ -19,6 +19,8 @@ from mdgraft_openmm._converter import (
 class PeriodicTorsionConverter(AbstractConverter):
     """PeriodicTorsionForce <-> PeriodicTorsion."""
 
+    polynomial = frozenset({"k"})
+
     def read(self, force: openmm.PeriodicTorsionForce, host: Host) -> PeriodicTorsion:
         """Build the term.
 

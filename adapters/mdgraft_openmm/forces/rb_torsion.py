@@ -13,6 +13,8 @@ _COEFFICIENTS = ("c0", "c1", "c2", "c3", "c4", "c5")
 class RBTorsionConverter(AbstractConverter):
     """RBTorsionForce <-> RBTorsion."""
 
+    polynomial = frozenset({"c0", "c1", "c2", "c3", "c4", "c5"})
+
     def read(self, force: openmm.RBTorsionForce, host: Host) -> RBTorsion:
         """Build the term."""
         n = host.system.getNumParticles()

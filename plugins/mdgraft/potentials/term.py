@@ -31,9 +31,22 @@ class AbstractTerm(nn.Module, abc.ABC):
         self._parameters[name] = nn.Parameter(torch.as_tensor(value))
         self.units[name] = unit
 
+    def add_term(self, name: str, term: AbstractTerm) -> None:
+        """Register a term that this one contains; its parameters become ``<name>.<parameter>``."""
+        self._modules[name] = term
+        self.units |= {f"{name}.{key}": unit for key, unit in term.units.items()}
+
+    def inner_terms(self) -> dict[str, AbstractTerm]:
+        """Terms that this one contains, by name."""
+        return {k: term for k, term in self._modules.items() if isinstance(term, AbstractTerm)}
+
     def parameter_values(self) -> dict[str, Tensor]:
-        """The term's own parameters by name."""
-        return {name: value for name, value in self._parameters.items() if value is not None}
+        """The term's own parameters by name, then those of the terms that it contains."""
+        values = {name: value for name, value in self._parameters.items() if value is not None}
+        for name, term in self.inner_terms().items():
+            inner = term.parameter_values()
+            values |= {f"{name}.{key}": value for key, value in inner.items()}
+        return values
 
     @abc.abstractmethod
     def forward(

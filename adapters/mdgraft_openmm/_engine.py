@@ -1,0 +1,319 @@
+"""One Force evaluated by OpenMM: its energy, forces and every other first derivative."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import openmm
+from mdgraft import InvalidInputError, MissingBoxError
+from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
+
+from mdgraft_openmm._converter import AbstractConverter, number
+
+#: Forces that are only complete together.
+_COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
+_FIVE_POINTS = ((0.0, -25 / 12), (1.0, 4.0), (2.0, -3.0), (3.0, 4 / 3), (4.0, -1 / 4))
+# Of a parameter in which the energy is a polynomial any step is exact; a large one rounds least.
+_LARGE_STEP, _SMALL_STEP = 0.25, 1e-3
+_BOX_STEP = 1e-4
+_REDUCED = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2))
+
+
+class ForceEngine:
+    """Evaluates one Force in a Context of its own.
+
+    Parameters
+    ----------
+    system
+        Holds the force.
+    index
+        Of the force in the System.
+    converter
+        Reads and writes the force's parameters; None if its class is unknown.
+    names
+        The force's parameters in order.
+    platform, properties
+        What the Context runs on.
+
+    Raises
+    ------
+    InvalidInputError
+        If OpenMM cannot run the force.
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        index: int,
+        *,
+        converter: AbstractConverter | None,
+        names: Sequence[str],
+        platform: str,
+        properties: Mapping[str, str],
+    ) -> None:
+        self._converter = converter
+        self._names = tuple(names)
+        self._platform, self._properties = platform, dict(properties)
+        self._system, self._force, self._group = _alone(system, index)
+        self._copied = self._system is not system
+        self._last: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
+        self._open()
+        self.global_defaults = self._own_globals()
+        self._globals = tuple(self.global_defaults)
+        self._exact = tuple(
+            self._force.getEnergyParameterDerivativeName(i)
+            for i in range(getattr(self._force, "getNumEnergyParameterDerivatives", lambda: 0)())
+        )
+        self._written: list[np.ndarray] | None = None
+        double = platform == "Reference" or properties.get("Precision") == "double"
+        self._steps = Steps() if double else Steps(positions=1e-3, box=1e-3, parameters=2e-2)
+
+    @property
+    def steps(self) -> Steps:
+        """Displacements of second-order differences; larger where forces are single precision."""
+        return self._steps
+
+    @property
+    def platform(self) -> str:
+        """Name of the platform that evaluates."""
+        return self._platform
+
+    # Engine ------------------------------------------------------------------------------------
+
+    def energies(self, arrays: Arrays) -> np.ndarray:
+        """Energies ``(F,)``."""
+        return self._evaluate(arrays)[0]
+
+    def gradients(self, arrays: Arrays, wanted: Sequence[bool]) -> list[np.ndarray | None]:
+        """Forces from OpenMM, declared derivatives from OpenMM, the rest by differences."""
+        found: list[np.ndarray | None] = [None] * len(arrays)
+        if wanted[0]:
+            found[0] = -self._evaluate(arrays)[1]
+        if wanted[1]:
+            found[1] = self._box(arrays, None)
+        for k in range(2, len(arrays)):
+            if wanted[k]:
+                found[k] = self._parameter(arrays, k, None)
+        return found
+
+    def mixed(
+        self, arrays: Arrays, wanted: Sequence[bool], along: np.ndarray
+    ) -> list[np.ndarray | None]:
+        """Differences of the forces along a direction ``(F, N, 3)``."""
+        found: list[np.ndarray | None] = [None] * len(arrays)
+        if wanted[1]:
+            found[1] = self._box(arrays, along)
+        for k in range(2, len(arrays)):
+            if wanted[k]:
+                found[k] = self._parameter(arrays, k, along)
+        return found
+
+    # Differences -------------------------------------------------------------------------------
+
+    def _scalar(self, arrays: Arrays, along: np.ndarray | None) -> np.ndarray:
+        """Energy of each frame, or its derivative along a change of the positions."""
+        energies, forces = self._evaluate(arrays)
+        if along is None:
+            return energies
+        result: np.ndarray = -(forces * along).sum(axis=(-2, -1))
+        return result
+
+    def _box(self, arrays: Arrays, along: np.ndarray | None) -> np.ndarray:
+        box = arrays[1]
+        gradient = np.zeros_like(box)
+        for i, j in _REDUCED if box.size else ():
+            for t, weight in FOUR_POINTS:
+                moved = box.copy()
+                moved[:, i, j] += t * _BOX_STEP
+                values = self._scalar([arrays[0], moved, *arrays[2:]], along)
+                gradient[:, i, j] += weight / _BOX_STEP * values
+        return gradient
+
+    def _parameter(self, arrays: Arrays, k: int, along: np.ndarray | None) -> np.ndarray:
+        name = [*self._names, *self._globals][k - 2]
+        if along is None and k - 2 >= len(self._names) and name in self._exact:
+            return self._declared_derivative(arrays, name)
+        array = arrays[k]
+        typical = float(np.abs(array).max(initial=0.0)) or 1.0
+        polynomial = self._converter is not None and name in self._converter.polynomial
+        gradient = np.zeros((arrays[0].shape[0], *array.shape))
+        for entry in np.ndindex(array.shape):
+            size = max(abs(float(array[entry])), 0.1 * typical)
+            step = size * (_LARGE_STEP if polynomial else _SMALL_STEP)
+            stencil = FOUR_POINTS
+            if not self._allowed(arrays, k, entry, -2 * step):
+                stencil = _FIVE_POINTS
+            elif not self._allowed(arrays, k, entry, 2 * step):
+                step, stencil = -step, _FIVE_POINTS
+            for t, weight in stencil:
+                moved = _changed(arrays, k, entry, t * step)
+                gradient[(slice(None), *entry)] += weight / step * self._scalar(moved, along)
+        self._set(arrays)
+        return gradient
+
+    def _declared_derivative(self, arrays: Arrays, name: str) -> np.ndarray:
+        self._set(arrays)
+        values = []
+        for x, h in self._frames(arrays):
+            self._put(x, h)
+            with self._in_own_group():
+                state = self._context.getState(parameterDerivatives=True, groups=1 << self._group)
+            values.append(state.getEnergyParameterDerivatives()[name])
+        return np.array(values)
+
+    def _allowed(self, arrays: Arrays, k: int, entry: tuple[int, ...], change: float) -> bool:
+        if self._converter is None or k - 2 >= len(self._names):
+            return True
+        moved = dict(zip(self._names, _changed(arrays, k, entry, change)[2:], strict=False))
+        return self._converter.refused(moved, self._force) is None
+
+    # OpenMM ------------------------------------------------------------------------------------
+
+    def _evaluate(self, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        if self._last is not None and all(map(np.array_equal, self._last[0], arrays)):
+            return self._last[1], self._last[2]
+        self._set(arrays)
+        energies, forces = [], []
+        for x, h in self._frames(arrays):
+            try:
+                self._put(x, h)
+                with self._in_own_group():
+                    state = self._context.getState(
+                        energy=True, forces=True, groups=1 << self._group
+                    )
+            except openmm.OpenMMException as error:
+                raise InvalidInputError(
+                    f"{self._force.getName()}: OpenMM cannot evaluate it here ({error})"
+                ) from error
+            energies.append(number(state.getPotentialEnergy()))
+            forces.append(np.array(state.getForces(asNumpy=True)._value, dtype=np.float64))
+        result = np.array(energies), np.array(forces).reshape(arrays[0].shape)
+        self._last = ([array.copy() for array in arrays], *result)
+        return result
+
+    def _frames(self, arrays: Arrays) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        for f, x in enumerate(arrays[0]):
+            yield x, arrays[1][f] if arrays[1].size else None
+
+    def _put(self, x: np.ndarray, h: np.ndarray | None) -> None:
+        if h is not None:
+            self._context.setPeriodicBoxVectors(*h)
+        elif self._force.usesPeriodicBoundaryConditions():
+            raise MissingBoxError(f"{self._force.getName()}: is periodic; pass box vectors")
+        self._context.setPositions(x)
+
+    def _set(self, arrays: Arrays) -> None:
+        """Bring parameters into the Context, if they are not there yet."""
+        new = [np.array(array) for array in arrays[2:]]
+        old = self._written
+        if old is not None and all(map(np.array_equal, old, new)):
+            return
+        own = dict(zip(self._names, new, strict=False))
+        before = None if old is None else dict(zip(self._names, old, strict=False))
+        if self._converter is not None and not _same(before, own):
+            refused = self._converter.refused(own, self._force)
+            if refused:
+                raise InvalidInputError(f"{refused}. Clamp it, or train a transform of it")
+            structural = self._converter.structural(own, self._force)
+            self._converter.write(own, self._force)
+            self._update(reopen=bool(structural))
+        for name, value in zip(self._globals, new[len(self._names) :], strict=True):
+            self._context.setParameter(name, float(value))
+        self._written = new
+
+    def _update(self, *, reopen: bool) -> None:
+        if not reopen and hasattr(self._force, "updateParametersInContext"):
+            with contextlib.suppress(openmm.OpenMMException):
+                self._force.updateParametersInContext(self._context)
+                return
+        self._open()
+
+    def _open(self) -> None:
+        platform = openmm.Platform.getPlatformByName(self._platform)
+        integrator = openmm.VerletIntegrator(0.001)
+        try:
+            with self._in_own_group():
+                self._context = openmm.Context(self._system, integrator, platform, self._properties)
+        except openmm.OpenMMException as error:
+            raise InvalidInputError(
+                f"{self._force.getName()}: OpenMM cannot run it on the {self._platform} platform "
+                f"({error})"
+            ) from error
+
+    def _own_globals(self) -> dict[str, float]:
+        """Global parameters that the force adds to a Context, with their defaults."""
+        if not self._copied and hasattr(self._force, "getGlobalParameters"):
+            return {name: float(v) for name, v in self._force.getGlobalParameters().items()}
+        return {name: float(v) for name, v in dict(self._context.getParameters()).items()}
+
+    @contextlib.contextmanager
+    def _in_own_group(self) -> Iterator[None]:
+        """The force's group is its owner's business, except while it is evaluated here."""
+        group = self._force.getForceGroup()
+        self._force.setForceGroup(self._group)
+        try:
+            yield
+        finally:
+            self._force.setForceGroup(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_context"], state["_force"]
+        state["_system"] = openmm.XmlSerializer.serialize(self._system)
+        state["_index"] = _index(self._system, self._force)
+        state["_last"] = state["_written"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        index = state.pop("_index")
+        self.__dict__.update(state)
+        self._system = openmm.XmlSerializer.deserialize(state["_system"])
+        self._force = self._system.getForce(index)
+        self._open()
+
+
+def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.Force, int]:
+    """A System with little else than a copy of the force, the copy, and a free force group."""
+    force = system.getForce(index)
+    try:
+        copied = openmm.System()
+        for i in range(system.getNumParticles()):
+            copied.addParticle(system.getParticleMass(i))
+        copied.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
+        copied.addForce(copy.deepcopy(force))
+        if isinstance(force, _COMPANIONS):
+            for other in system.getForces():
+                if isinstance(other, _COMPANIONS) and int(other.this) != int(force.this):
+                    copied.addForce(copy.deepcopy(other))
+        for other in copied.getForces():
+            other.setForceGroup(1)
+            if isinstance(other, openmm.NonbondedForce):
+                other.setReciprocalSpaceForceGroup(-1)
+        return copied, copied.getForce(0), 0
+    except Exception:
+        # A function that cannot be pickled, say: evaluate it where it is, among the others.
+        used = {f.getForceGroup() for f in system.getForces()}
+        free = [group for group in range(32) if group not in used]
+        if not free:
+            raise InvalidInputError(
+                f"{force.getName()}: cannot be copied, and all 32 force groups are in use; free one"
+            ) from None
+        return system, force, free[0]
+
+
+def _index(system: openmm.System, force: openmm.Force) -> int:
+    return [int(f.this) for f in system.getForces()].index(int(force.this))
+
+
+def _same(first: Mapping[str, np.ndarray] | None, second: Mapping[str, np.ndarray]) -> bool:
+    return first is not None and all(np.array_equal(first[k], v) for k, v in second.items())
+
+
+def _changed(arrays: Arrays, k: int, entry: tuple[int, ...], change: float) -> list[np.ndarray]:
+    moved = np.array(arrays[k])
+    moved[entry] += change
+    return [*arrays[:k], moved, *arrays[k + 1 :]]

@@ -1,0 +1,325 @@
+"""Energies that an engine outside torch computes, as differentiable functions.
+
+The engine gives energies and first derivatives. Products with second derivatives are differences of
+its first derivatives along the direction asked for, which is all that an adjoint, a force-matching
+loss or a Hessian-vector product needs. Third derivatives raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdgraft._errors import UnsupportedDerivativeError
+
+#: Positions ``(F, N, 3)``, box ``(F, 3, 3)`` (empty in an open system), then parameters.
+Arrays = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Displacements of differences.
+
+    Attributes
+    ----------
+    positions, box
+        Largest displacement of a component [nm] along a direction.
+    parameters
+        Displacement of a parameter, relative to the largest magnitude in its family (or to one
+        if all are zero).
+    """
+
+    positions: float = 1e-6
+    box: float = 1e-4
+    parameters: float = 5e-3
+
+    def of(self, k: int, array: np.ndarray) -> float:
+        """Step of the ``k``-th array."""
+        if k < 2:
+            return (self.positions, self.box)[k]
+        return self.parameters * (float(np.abs(array).max(initial=0.0)) or 1.0)
+
+
+#: Points and weights of a central difference that is exact for polynomials of the fourth degree.
+FOUR_POINTS = ((-2.0, 1 / 12), (-1.0, -2 / 3), (1.0, 2 / 3), (2.0, -1 / 12))
+
+
+class Engine(Protocol):
+    """What computes energies outside torch; numbers are float64 in nm and kJ/mol."""
+
+    @property
+    def steps(self) -> Steps:
+        """Displacements of the differences that second-order products are."""
+
+    def energies(self, arrays: Arrays) -> np.ndarray:
+        """Energies ``(F,)``."""
+
+    def gradients(self, arrays: Arrays, wanted: Sequence[bool]) -> list[np.ndarray | None]:
+        """Derivatives of each frame's energy, ``(F, *shape)``, in those arrays that are wanted."""
+
+    def mixed(
+        self, arrays: Arrays, wanted: Sequence[bool], along: np.ndarray
+    ) -> list[np.ndarray | None]:
+        """Derivatives of ``sum(dE/dpositions * along)`` like `gradients`; positions excepted."""
+
+
+def external_energy(
+    engine: Engine, positions: Tensor, box: Tensor | None, parameters: Sequence[Tensor]
+) -> Tensor:
+    """Energies ``(F,)`` [kJ/mol], twice differentiable in everything.
+
+    Parameters
+    ----------
+    engine
+        Computes them.
+    positions
+        ``(F, N, 3)`` [nm].
+    box
+        ``(F, 3, 3)`` [nm], or None. Derivatives are those of the six entries that a reduced box
+        has; they are zero for the others.
+    parameters
+        Shared by all frames, in the engine's own order.
+
+    Raises
+    ------
+    UnsupportedDerivativeError
+        If a third derivative is asked for.
+    """
+    cell = positions.new_zeros(positions.shape[0], 0, 3) if box is None else box
+    apply: Any = _Energy.apply
+    result: Tensor = apply(engine, positions, cell, *parameters)
+    return result
+
+
+def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [tensor.detach().to("cpu", torch.float64).numpy() for tensor in tensors]
+
+
+def _like(array: np.ndarray | None, tensor: Tensor) -> Tensor:
+    if array is None:
+        return tensor.new_zeros(0)
+    return torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device)
+
+
+def _one_by_one(
+    function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]
+) -> Any:
+    """A vmap rule: the engine takes one configuration after the other anyway."""
+    results = []
+    for b in range(info.batch_size):
+        chosen = [
+            x if dim is None else x.select(dim, b) for x, dim in zip(inputs, in_dims, strict=True)
+        ]
+        results.append(function(*chosen))
+    if isinstance(results[0], tuple):
+        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+    return torch.stack(results), 0
+
+
+class _Energy(torch.autograd.Function):
+    """``(engine, *tensors) -> (F,)``."""
+
+    @staticmethod
+    def forward(engine: Engine, *tensors: Tensor) -> Tensor:
+        return _like(engine.energies(_arrays(tensors)), tensors[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.engine, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        tensors, wanted = ctx.saved_tensors, tuple(ctx.needs_input_grad[1:])
+        apply: Any = _Gradient.apply
+        gradients = apply(ctx.engine, wanted, *tensors)
+        (weight,) = grad_outputs
+        result: list[Tensor | None] = [None]
+        for k, (gradient, tensor) in enumerate(zip(gradients, tensors, strict=True)):
+            if not wanted[k]:
+                result.append(None)
+                continue
+            weighted = weight.reshape(-1, *(1,) * (gradient.ndim - 1)) * gradient
+            result.append(weighted if k < 2 else weighted.sum(dim=0).reshape(tensor.shape))
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        tensors, tangents = ctx.saved_tensors, grad_inputs[1:]
+        wanted = tuple(tangent is not None for tangent in tangents)
+        apply: Any = _Gradient.apply
+        gradients = apply(ctx.engine, wanted, *tensors)
+        n_frames = tensors[0].shape[0]
+        change: Tensor = tensors[0].new_zeros(n_frames)
+        for gradient, tangent in zip(gradients, tangents, strict=True):
+            if tangent is not None:
+                change = change + (gradient * tangent).reshape(n_frames, -1).sum(dim=-1)
+        return change
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], engine: Engine, *tensors: Tensor) -> Any:
+        apply: Any = _Energy.apply
+        return _one_by_one(lambda *t: apply(engine, *t), info, in_dims[1:], tensors)
+
+
+class _Gradient(torch.autograd.Function):
+    """``(engine, wanted, *tensors) -> gradients``; those not wanted are empty."""
+
+    @staticmethod
+    def forward(engine: Engine, wanted: tuple[bool, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        found = engine.gradients(_arrays(tensors), wanted)
+        return tuple(_like(array, t) for array, t in zip(found, tensors, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.engine, ctx.wanted, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        tensors, wanted = ctx.saved_tensors, tuple(ctx.needs_input_grad[2:])
+        directions = [
+            g if on else t.new_zeros(0)
+            for g, on, t in zip(grad_outputs, ctx.wanted, tensors, strict=True)
+        ]
+        apply: Any = _Product.apply
+        products = apply(ctx.engine, wanted, len(tensors), *tensors, *directions)
+        result: list[Tensor | None] = [None, None]
+        for k, (product, tensor) in enumerate(zip(products, tensors, strict=True)):
+            shared = product.sum(dim=0).reshape(tensor.shape) if k >= 2 and wanted[k] else product
+            result.append(shared if wanted[k] else None)
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, ...]:
+        tensors, tangents = ctx.saved_tensors, grad_inputs[2:]
+        n_frames = tensors[0].shape[0]
+        directions = []
+        for k, (tangent, tensor) in enumerate(zip(tangents, tensors, strict=True)):
+            if tangent is None:
+                directions.append(tensor.new_zeros(0))
+            else:
+                directions.append(tangent if k < 2 else tangent.expand(n_frames, *tangent.shape))
+        apply: Any = _Product.apply
+        result: tuple[Tensor, ...] = apply(
+            ctx.engine, ctx.wanted, len(tensors), *tensors, *directions
+        )
+        return result
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        engine: Engine,
+        wanted: tuple[bool, ...],
+        *tensors: Tensor,
+    ) -> Any:
+        apply: Any = _Gradient.apply
+        return _one_by_one(lambda *t: apply(engine, wanted, *t), info, in_dims[2:], tensors)
+
+
+class _Product(torch.autograd.Function):
+    """Second derivatives times directions: ``(engine, wanted, n, *tensors, *directions)``."""
+
+    @staticmethod
+    def forward(
+        engine: Engine, wanted: tuple[bool, ...], n: int, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        tensors, directions = inputs[:n], inputs[n:]
+        products = _products(engine, wanted, _arrays(tensors), _arrays(directions))
+        return tuple(_like(p, t) for p, t in zip(products, tensors, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise _third_order()
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        raise _third_order()
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        engine: Engine,
+        wanted: tuple[bool, ...],
+        n: int,
+        *inputs: Tensor,
+    ) -> Any:
+        apply: Any = _Product.apply
+        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+
+
+def _third_order() -> UnsupportedDerivativeError:
+    return UnsupportedDerivativeError(
+        "a term that its host evaluates has derivatives up to the second order; graft it by the "
+        "native route where there is one, or ask for one order less"
+    )
+
+
+def _products(
+    engine: Engine,
+    wanted: Sequence[bool],
+    arrays: list[np.ndarray],
+    directions: list[np.ndarray],
+) -> list[np.ndarray | None]:
+    """Second derivatives along one direction after the other, frame by frame."""
+    n_frames = arrays[0].shape[0]
+    sums: list[np.ndarray | None] = []
+    for k, (array, on) in enumerate(zip(arrays, wanted, strict=True)):
+        shape = array.shape if k < 2 else (n_frames, *array.shape)
+        sums.append(np.zeros(shape) if on else None)
+    for k, direction in enumerate(directions):
+        for f in range(n_frames if direction.any() else 0):
+            frame = [arrays[0][f : f + 1], arrays[1][f : f + 1], *arrays[2:]]
+            change = direction[f : f + 1] if k < 2 else direction[f]
+            if not change.any():
+                continue
+            for total, product in zip(
+                sums, _product(engine, wanted, frame, k, change), strict=True
+            ):
+                if total is not None and product is not None:
+                    total[f] += product[0]
+    return sums
+
+
+def _product(
+    engine: Engine, wanted: Sequence[bool], frame: list[np.ndarray], k: int, change: np.ndarray
+) -> list[np.ndarray | None]:
+    """Second derivatives of one frame along a change of input ``k``."""
+    step = engine.steps.of(k, frame[k]) / np.abs(change).max()
+
+    def gradients(t: float, inputs: Sequence[bool]) -> list[np.ndarray | None]:
+        moved = [*frame[:k], frame[k] + t * step * change, *frame[k + 1 :]]
+        return engine.gradients(moved, inputs)
+
+    if k == 0:
+        # Engines know forces best: what else depends on them is the change of the force.
+        nothing: list[np.ndarray | None] = [None] * len(frame)
+        found = engine.mixed(frame, wanted, change) if any(wanted[1:]) else nothing
+        if wanted[0]:
+            only = [True, *(False for _ in frame[1:])]
+            upper, lower = gradients(1.0, only)[0], gradients(-1.0, only)[0]
+            assert upper is not None and lower is not None
+            found[0] = (upper - lower) / (2 * step)
+        return found
+    sums: list[Any] = [0.0 if on else None for on in wanted]
+    for t, weight in FOUR_POINTS:
+        values = gradients(t, wanted)
+        sums = [
+            None if v is None else total + weight / step * v
+            for total, v in zip(sums, values, strict=True)
+        ]
+    return sums

@@ -1,0 +1,1 @@
+"""Terms of the AMOEBA family of polarizable force fields."""

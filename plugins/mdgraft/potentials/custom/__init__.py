@@ -1,0 +1,1 @@
+"""Energy terms written as Lepton expressions, one family a file."""

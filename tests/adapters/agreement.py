@@ -1,0 +1,80 @@
+"""What every Force class must pass: its graft against OpenMM's Reference platform."""
+
+from __future__ import annotations
+
+import mdgraft
+import numpy as np
+import torch
+from mdgraft.testing import (
+    HostFunctions,
+    Tolerances,
+    check_adapter,
+    check_potential,
+    finite_difference,
+)
+from mdgraft_openmm.check import OpenMMReference
+
+
+def assert_agrees(
+    system,
+    positions,
+    box=None,
+    *,
+    gradients=True,
+    second=True,
+    consistent=True,
+    rtol=1e-9,
+    second_rtol=1e-6,
+    seed=0,
+    **options,
+):
+    """Compare value, forces, box and parameter gradients and second derivatives; return the graft.
+
+    ``consistent`` adds `mdgraft.testing.check_potential` with the remaining options.
+    """
+    potential = mdgraft.graft(system)
+    default = np.array([v._value for v in system.getDefaultPeriodicBoxVectors()], float)
+    cell = default if box is None else np.asarray(box, float)
+    host = OpenMMReference(system, np.asarray(positions, float), cell)
+    sites = np.array([system.isVirtualSite(i) for i in range(system.getNumParticles())], bool)
+    h = cell if potential.periodic else None
+    functions = HostFunctions(
+        energies=host.energies, forces=host.forces, parameter_energies=host.parameter_energies
+    )
+    check_adapter(
+        potential,
+        host.positions,
+        h,
+        functions,
+        comparable=~sites,
+        gradients=gradients,
+        tolerances=Tolerances(energy=rtol, forces=rtol),
+        seed=seed,
+    )
+    x = torch.tensor(host.positions)
+    cell_tensor = None if h is None else torch.tensor(h)
+    if second:
+        # Parameter differences leave the first one with the last parameters tried.
+        host = OpenMMReference(system, host.positions, cell)
+        random = torch.Generator().manual_seed(seed)
+        direction = torch.randn(x.shape, generator=random, dtype=torch.float64)
+        direction[torch.as_tensor(sites)] = 0.0
+        for name in potential.term_names:
+            term = lambda y, name=name: potential.energy_by_term(y, cell_tensor)[name].sum()
+            product = torch.autograd.functional.hvp(term, x, direction)[1].numpy()
+
+            def slope(t, name=name):
+                moved = host.positions + t * direction.numpy()
+                return -host.forces(moved, h, [name])[name]
+
+            truth = finite_difference(slope, step=1e-3)
+            error = np.abs(product - truth.value)[~sites]
+            # Virtual sites hand their forces to their parents only in the host.
+            scale = np.sqrt((product[~sites] ** 2).mean()) + np.abs(truth.value).max()
+            allowed = second_rtol * scale + 3 * truth.error[~sites]
+            assert (error <= allowed).all(), (
+                f"{name}: Hessian product differs by {error.max():.3e}, scale {scale:.3e}"
+            )
+    if consistent:
+        check_potential(potential, x, cell_tensor, **options)
+    return potential
