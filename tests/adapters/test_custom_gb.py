@@ -117,7 +117,7 @@ def test_constants():
     r = np.linalg.norm(x[:, None] - x, axis=-1) < 1.0
     r[[0, 1, 5, 2], [1, 0, 2, 5]] = False
     number = r.sum(axis=1) - 1
-    found = mdgraft.graft(system)(torch.tensor(x)).item()
+    found = mdgraft.graft(system)(torch.tensor(x)).detach().item()
     assert found == pytest.approx((number**2).sum() + number.sum() + 6 * 1.3, rel=1e-14)
     assert_agrees(system, x)
 
@@ -132,24 +132,17 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    ("cutoff", "method", "surface"),
-    [
-        (None, Force.NoCutoff, "ACE"),
-        (0.9, Force.CutoffNonPeriodic, None),
-        (0.9, Force.CutoffPeriodic, "ACE"),
-    ],
-)
-def test_amber_models(model, cutoff, method, surface):
+@pytest.mark.parametrize("periodic", [False, True])
+def test_amber_models(model, periodic):
     """Generalised Born models as Amber's topologies ask for them."""
-    n, rng = 9, np.random.default_rng(4)
-    force = MODELS[model](SA=surface, cutoff=cutoff, kappa=0.7)
+    n, rng = 7, np.random.default_rng(4)
+    force = MODELS[model](SA=None if periodic else "ACE", cutoff=0.9, kappa=0.7)
     radii = np.array([0.12, 0.15, 0.17])
     for _ in range(n):
         row = [rng.normal(), rng.choice(radii), rng.uniform(0.7, 0.9)]
         force.addParticle(row + ([0.8, 0.5, 0.3] if model == "GBn2" else []))
     force.finalize()
-    force.setNonbondedMethod(method)
+    force.setNonbondedMethod(Force.CutoffPeriodic if periodic else Force.NoCutoff)
     assert_agrees(system_with(force, n), grid(n, 4, spacing=0.22), float32_rtol=5e-3)
 
 
@@ -170,7 +163,7 @@ def test_agrees_with_the_published_sum():
     radius = 1 / (1 / rho - integral)
     expected = -0.5 * 138.935485 * (1 - 1 / 80) / radius
     found = mdgraft.graft(system_with(force, 2))(torch.tensor([[0.0, 0, 0], [d, 0, 0]]).double())
-    assert found.item() == pytest.approx(expected, rel=1e-7)
+    assert found.detach().item() == pytest.approx(expected, rel=1e-7)
 
 
 PAIRED = (
@@ -229,7 +222,7 @@ def test_write_and_live_update():
         for name in ("CustomGBForce.q", "CustomGBForce.a", "CustomGBForce.f", "globals.k"):
             potential.get_parameter(name).mul_(1.1)
     mdgraft_openmm.write_parameters(potential, context)
-    found = potential(torch.tensor(grid(8, 5)), torch.tensor(TRICLINIC)).item()
+    found = potential(torch.tensor(grid(8, 5)), torch.tensor(TRICLINIC)).detach().item()
     live = context.getState(energy=True).getPotentialEnergy()._value
     assert live == pytest.approx(found, rel=1e-10)
 

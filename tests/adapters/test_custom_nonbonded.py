@@ -243,6 +243,9 @@ def test_long_range_correction(case):
     assert float(found.detach()) == pytest.approx(truth, rel=2e-6)
     if case in ("switched", "groups"):
         check_potential(graft, x, CUBE)
+    # OpenMM orders particles by class, so moving one changes what is particle 1 in others' pairs.
+    if case != "asymmetric":
+        assert_agrees(on, x, rtol=1e-6, second=False, consistent=False)
 
 
 @pytest.mark.parametrize("kinds", [None, 3, 1])
@@ -351,7 +354,7 @@ def test_write_and_live_update():
         for name in ("q", "f"):
             potential.get_parameter(f"CustomNonbondedForce.{name}").mul_(1.1)
     mdgraft_openmm.write_parameters(potential, context)
-    found = float(potential(torch.tensor(grid(8, 10)), torch.tensor(TRICLINIC)))
+    found = potential(torch.tensor(grid(8, 10)), torch.tensor(TRICLINIC)).detach().item()
     live = context.getState(energy=True).getPotentialEnergy()._value
     assert live == pytest.approx(found, rel=1e-10)
 

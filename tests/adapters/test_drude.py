@@ -1,6 +1,5 @@
 """DrudeForce against OpenMM's Reference platform."""
 
-import copy
 import pathlib
 
 import mdgraft
@@ -10,8 +9,9 @@ import openmm
 import pytest
 import torch
 from agreement import assert_agrees
+from mdgraft.potentials.self_consistent import SelfConsistent
 from mdgraft.testing import check_potential
-from openmm import unit
+from openmm import app, unit
 
 AXES = np.array(
     [[0.5, 0.1, -0.3], [0.1, 0.6, 0.2], [-0.4, 0.3, 0.5], [0, -0.5, 0.1], [0.8, 0.7, 0]]
@@ -115,26 +115,81 @@ def test_coincident_charges():
     torch.testing.assert_close(energy, potential(torch.tensor(near)), rtol=1e-6, atol=0)
 
 
-def test_polarizable_water():
-    """Springs and screened pairs of a CHARMM force field, as OpenMM's tools set them up."""
-    from openmm import app
-
+def polarizable_water(n):
+    """Water of a CHARMM force field with flexible bonds, as OpenMM's tools set it up."""
     pdb = app.PDBFile(str(pathlib.Path(app.__file__).parent / "data" / "tip3p.pdb"))
     modeller = app.Modeller(pdb.topology, pdb.positions)
     field = app.ForceField("charmm_polar_2019.xml")
-    modeller.delete([residue for residue in pdb.topology.residues() if residue.index >= 4])
+    # The first molecule and its closest neighbours.
+    centres = np.array(pdb.positions.value_in_unit(unit.nanometer))[::3]
+    near = np.argsort(np.linalg.norm(centres - centres[0], axis=1))[:n]
+    modeller.delete([residue for residue in pdb.topology.residues() if residue.index not in near])
     modeller.addExtraParticles(field)
-    full = field.createSystem(modeller.topology, constraints=None, rigidWater=False)
-    system = openmm.System()
-    for i in range(full.getNumParticles()):
-        system.addParticle(full.getParticleMass(i))
-    for force in full.getForces():
-        if isinstance(force, openmm.DrudeForce):
-            system.addForce(copy.deepcopy(force))
-    positions = np.array(modeller.positions.value_in_unit(unit.nanometer))
+    system = field.createSystem(modeller.topology, constraints=None, rigidWater=False)
+    return system, np.array(modeller.positions.value_in_unit(unit.nanometer))
+
+
+def test_polarizable_water():
+    """Springs of a real force field."""
+    system, positions = polarizable_water(4)
+    for i in reversed(range(system.getNumForces())):
+        if not isinstance(system.getForce(i), openmm.DrudeForce):
+            system.removeForce(i)
+    for i in range(system.getNumParticles()):
+        if system.isVirtualSite(i):
+            system.setParticleMass(i, 0.0)
     positions += np.random.default_rng(0).normal(0.0, 0.005, positions.shape)
     potential = assert_agrees(system, positions)
     assert len(potential.term("DrudeForce").particles) == 4
+
+
+def relaxed_by_openmm(system, positions, tolerance):
+    """What DrudeSCFIntegrator finds; nothing else moves in a step of no length."""
+    integrator = openmm.DrudeSCFIntegrator(1e-12)
+    integrator.setMinimizationErrorTolerance(tolerance)
+    platform = openmm.Platform.getPlatform("Reference")
+    context = openmm.Context(system, integrator, platform)
+    context.setPositions(positions)
+    context.computeVirtualSites()
+    # It gives up when a pass gains little, so that a few more come closer.
+    integrator.step(5)
+    state = context.getState(positions=True, energy=True)
+    return state.getPositions(asNumpy=True)._value, state.getPotentialEnergy()._value
+
+
+def test_relaxes_as_the_integrator_does():
+    """Shells of water at the minimum: positions and energy of OpenMM's own iteration."""
+    system, positions = polarizable_water(5)
+    for i in range(system.getNumParticles()):
+        if not system.isVirtualSite(i):
+            system.setParticleMass(i, 1e12)
+    placed, energy = relaxed_by_openmm(system, positions, 1e-8)
+    shells = mdgraft_openmm.drude_particles(system)
+    assert len(shells) == 5
+    relaxed = SelfConsistent(mdgraft.graft(system), shells, tolerance=1e-8)
+    x = torch.tensor(placed)
+    x[shells] = torch.tensor(positions)[shells]
+    found = relaxed.relax(x).detach().numpy()
+    moved = np.linalg.norm(placed[shells] - positions[shells], axis=1)
+    assert moved.min() > 1e-4
+    np.testing.assert_allclose(found[shells], placed[shells], rtol=0, atol=1e-10)
+    assert relaxed(x).item() == pytest.approx(energy, rel=1e-11)
+
+
+def test_force_on_cores_when_shells_follow():
+    """The graft's forces against differences of OpenMM's minimised energies."""
+    system, positions = polarizable_water(2)
+    for i in range(system.getNumParticles()):
+        if not system.isVirtualSite(i):
+            system.setParticleMass(i, 1e12)
+    shells = mdgraft_openmm.drude_particles(system)
+    relaxed = SelfConsistent(mdgraft.graft(system), shells)
+    x = torch.tensor(positions, requires_grad=True)
+    (gradient,) = torch.autograd.grad(relaxed(x), x)
+    step = np.random.default_rng(0).normal(size=positions.shape)
+    energies = [relaxed_by_openmm(system, positions + h * step, 1e-9)[1] for h in (-1e-5, 1e-5)]
+    expected = (energies[1] - energies[0]) / 2e-5
+    assert (gradient.numpy() * step).sum() == pytest.approx(expected, rel=1e-5)
 
 
 def test_write_back():

@@ -8,17 +8,19 @@ from mdgraft_openmm._converter import AbstractConverter
 from mdgraft_openmm.forces.amoeba_torsion_torsion import AmoebaTorsionTorsionConverter
 from mdgraft_openmm.forces.amoeba_vdw import AmoebaVdwConverter
 from mdgraft_openmm.forces.amoeba_wca_dispersion import AmoebaWcaDispersionConverter
+from mdgraft_openmm.forces.atm import ATMConverter
 from mdgraft_openmm.forces.cmap_torsion import CMAPTorsionConverter
+from mdgraft_openmm.forces.constant_potential import ConstantPotentialConverter
 from mdgraft_openmm.forces.custom_angle import CustomAngleConverter
 from mdgraft_openmm.forces.custom_bond import CustomBondConverter
 from mdgraft_openmm.forces.custom_centroid_bond import CustomCentroidBondConverter
 from mdgraft_openmm.forces.custom_compound_bond import CustomCompoundBondConverter
+from mdgraft_openmm.forces.custom_cv import CustomCVConverter
 from mdgraft_openmm.forces.custom_external import CustomExternalConverter
 from mdgraft_openmm.forces.custom_gb import CustomGBConverter
 from mdgraft_openmm.forces.custom_nonbonded import CustomNonbondedConverter
 from mdgraft_openmm.forces.custom_torsion import CustomTorsionConverter
 from mdgraft_openmm.forces.custom_volume import CustomVolumeConverter
-from mdgraft_openmm.forces.constant_potential import ConstantPotentialConverter
 from mdgraft_openmm.forces.drude import DrudeConverter
 from mdgraft_openmm.forces.harmonic_angle import HarmonicAngleConverter
 from mdgraft_openmm.forces.harmonic_bond import HarmonicBondConverter
@@ -28,12 +30,15 @@ from mdgraft_openmm.forces.rb_torsion import RBTorsionConverter
 
 #: Converters of the Force classes that have a native torch form.
 CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
+    openmm.ATMForce: ATMConverter(),
     openmm.AmoebaTorsionTorsionForce: AmoebaTorsionTorsionConverter(),
     openmm.AmoebaVdwForce: AmoebaVdwConverter(),
     openmm.AmoebaWcaDispersionForce: AmoebaWcaDispersionConverter(),
     openmm.CMAPTorsionForce: CMAPTorsionConverter(),
+    openmm.ConstantPotentialForce: ConstantPotentialConverter(),
     openmm.CustomAngleForce: CustomAngleConverter(),
     openmm.CustomBondForce: CustomBondConverter(),
+    openmm.CustomCVForce: CustomCVConverter(),
     openmm.CustomCentroidBondForce: CustomCentroidBondConverter(),
     openmm.CustomCompoundBondForce: CustomCompoundBondConverter(),
     openmm.CustomExternalForce: CustomExternalConverter(),
@@ -41,7 +46,6 @@ CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
     openmm.CustomNonbondedForce: CustomNonbondedConverter(),
     openmm.CustomTorsionForce: CustomTorsionConverter(),
     openmm.CustomVolumeForce: CustomVolumeConverter(),
-    openmm.ConstantPotentialForce: ConstantPotentialConverter(),
     openmm.DrudeForce: DrudeConverter(),
     openmm.HarmonicAngleForce: HarmonicAngleConverter(),
     openmm.HarmonicBondForce: HarmonicBondConverter(),

@@ -92,6 +92,9 @@ def write_tables(force: Any, values: Values, names: Sequence[str]) -> None:
     """Set the values of tabulated functions; ``names`` are those of the per-item parameters."""
     for i, key in enumerate(_table_keys(force, names)):
         function = force.getTabulatedFunction(i)
+        # A Context parses all expressions again when a table was set.
+        if values[key].tolist() == _entries(function):
+            continue
         sizes, limits, _ = _layout(function)
         bounds = [x for pair in limits for x in pair]
         # In one dimension the number of entries is not an argument of its own.

@@ -63,3 +63,24 @@ class DrudeConverter(AbstractConverter):
         for i in range(force.getNumScreenedPairs()):
             first, second, _ = force.getScreenedPairParameters(i)
             force.setScreenedPairParameters(i, first, second, values["thole"][i])
+
+
+def drude_particles(system: openmm.System) -> list[int]:
+    """Drude particles of a System in ascending order, as `SelfConsistent` takes them.
+
+    Parameters
+    ----------
+    system
+        Any System; without a DrudeForce the list is empty.
+
+    Returns
+    -------
+    list of int
+        Particle indices.
+    """
+    forces = [force for force in system.getForces() if isinstance(force, openmm.DrudeForce)]
+    return sorted(
+        int(force.getParticleParameters(i)[0])
+        for force in forces
+        for i in range(force.getNumParticles())
+    )

@@ -63,7 +63,7 @@ class DiscreteTable(TabulatedFunction):
         position: Tensor | int = 0
         stride = 1
         for size, argument in zip(self.sizes, arguments, strict=True):
-            x = argument.detach()
+            x = torch.nan_to_num(argument.detach())
             # Half-way cases go away from zero, as in C.
             index = (torch.floor(x.abs() + 0.5) * torch.sign(x)).clamp(0, size - 1).long()
             position = position + stride * index
@@ -122,10 +122,11 @@ class ContinuousTable(TabulatedFunction):
             if self.periodic:
                 scaled = scaled - (size - 1) * torch.floor(scaled.detach() / (size - 1))
             else:
-                within = (argument >= lower) & (argument <= upper)
+                # What is not a number stays so.
+                within = ~((argument < lower) | (argument > upper))
                 inside = within if inside is None else inside & within
                 scaled = torch.where(within, scaled, 0.0)
-            cell = scaled.detach().floor().clamp(0, size - 2)
+            cell = torch.nan_to_num(scaled.detach()).floor().clamp(0, size - 2)
             cells.append(cell.long())
             weights.append(_hermite(scaled - cell))
 

@@ -40,6 +40,11 @@ class AbstractTerm(nn.Module, abc.ABC):
         """Terms that this one contains, by name."""
         return {k: term for k, term in self._modules.items() if isinstance(term, AbstractTerm)}
 
+    def inner_values(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values among ``values`` that belong to the term contained under this name."""
+        prefix = f"{name}."
+        return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
     def parameter_values(self) -> dict[str, Tensor]:
         """The term's own parameters by name, then those of the terms that it contains."""
         values = {name: value for name, value in self._parameters.items() if value is not None}

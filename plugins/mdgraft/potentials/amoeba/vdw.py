@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -344,12 +344,12 @@ def _waldman_hagler(s: Tensor, a: Tensor, t: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, 0.0, root_epsilon(a * b) * ratio)
 
 
-_SIGMA_RULES = {
+_SIGMA_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ARITHMETIC": lambda a, b: a + b,
     "GEOMETRIC": lambda a, b: 2 * root_epsilon(a * b),
     "CUBIC-MEAN": _cubic_mean,
 }
-_EPSILON_RULES = {
+_EPSILON_RULES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "ARITHMETIC": lambda s, a, t, b: 0.5 * (a + b),
     "GEOMETRIC": lambda s, a, t, b: root_epsilon(a * b),
     "HARMONIC": lambda s, a, t, b: _harmonic(a, b),

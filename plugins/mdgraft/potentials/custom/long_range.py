@@ -97,7 +97,7 @@ def correction(
     parameters: Mapping[str, Tensor],
     counts: PairCounts,
     *,
-    used: Sequence[str],
+    bent: Sequence[str],
     cutoff: float,
     switching_distance: Tensor | None,
     points: int,
@@ -113,8 +113,8 @@ def correction(
         square of the number of classes times ``points``.
     counts
         Which pairs count.
-    used
-        Names of the parameters that the energy depends on.
+    bent
+        Names of the parameters whose second derivatives are wanted.
     cutoff, switching_distance, points
         See `tail_integral`.
 
@@ -158,13 +158,13 @@ def correction(
 
     classes = {name: mean(value) for name, value in parameters.items()}
     total = (number * integral(_at(classes, first), _at(classes, second), switching_distance)).sum()
-    if used and n_classes < n_particles:
+    if bent and n_classes < n_particles:
         fixed = {name: value.detach() for name, value in classes.items()}
         switching = None if switching_distance is None else switching_distance.detach()
 
         def displaced(by: Tensor) -> Tensor:
             """Energy of one displaced member of each class."""
-            moved = fixed | {name: fixed[name] + by[:, k] for k, name in enumerate(used)}
+            moved = fixed | {name: fixed[name] + by[:, k] for k, name in enumerate(bent)}
             a, b = _at(fixed, first), _at(fixed, second)
             share = weight * torch.where(same, 0.5, 1.0)
             energy = share * size[second] * integral(_at(moved, first), b, switching)
@@ -174,16 +174,16 @@ def correction(
             here = _at(moved, diagonal)
             return energy.sum() + (alone * integral(here, here, switching)).sum()
 
-        zero = size.new_zeros(n_classes, len(used))
+        zero = size.new_zeros(n_classes, len(bent))
         slope = torch.func.grad(displaced)
         curvature = torch.stack(
             [
                 torch.func.jvp(slope, (zero,), (_unit(zero, k),))[1].detach()
-                for k in range(len(used))
+                for k in range(len(bent))
             ],
             dim=-1,
         )
-        deviation = torch.stack([parameters[name] - classes[name][labels] for name in used], dim=-1)
+        deviation = torch.stack([parameters[name] - classes[name][labels] for name in bent], dim=-1)
         bent = (curvature[labels] @ deviation.unsqueeze(-1)).squeeze(-1)
         total = total + 0.5 * (deviation * bent).sum()
     result: Tensor = 4 * math.pi * n_particles / (n_particles + 1) * total

@@ -82,6 +82,7 @@ class CustomNonbonded(AbstractCustomTerm):
         self.method, self.cutoff, self.where = method, cutoff, where
         self.n_particles = n_particles
         self.long_range_correction = long_range_correction and method.periodic
+        #: Quadrature points of each integral; see `settle_quadrature`.
         self.points = 64
         names, functions = set(self.item_keys), self.arities
         self._computed = {
@@ -180,7 +181,7 @@ class CustomNonbonded(AbstractCustomTerm):
         energy = pairs.sum(energies)
         if self.long_range_correction:
             assert box is not None
-            coefficient = self._long_range(values, global_values, self.points)
+            coefficient = self._long_range(values, global_values, self.points, bent=self._used)
             energy = energy + coefficient.to(energy.dtype) / volume(box)
         # What no pair depends on has zero derivatives, not missing ones.
         return energy + 0.0 * positions.sum(dim=(-2, -1))
@@ -223,9 +224,14 @@ class CustomNonbonded(AbstractCustomTerm):
         return listed, weight.to(positions.dtype)
 
     def _long_range(
-        self, values: Mapping[str, Tensor], global_values: Mapping[str, Tensor], points: int
+        self,
+        values: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
+        points: int,
+        *,
+        bent: Sequence[str] = (),
     ) -> Tensor:
-        """Product of the correction and the volume, in double precision."""
+        """Product of the correction and the volume, in double precision; see `correction`."""
         values = {name: value.double() for name, value in values.items()}
         shared = {k: v.double() for k, v in self.shared_values(global_values).items()}
         functions = self.functions(values)
@@ -248,7 +254,7 @@ class CustomNonbonded(AbstractCustomTerm):
             pair_energy,
             self.item_values(values),
             counts,
-            used=self._used,
+            bent=bent,
             cutoff=self.cutoff,
             switching_distance=values[self.switching_key] if self.switched else None,
             points=points,
@@ -271,14 +277,13 @@ class CustomNonbonded(AbstractCustomTerm):
             return
         with torch.no_grad():
             values = self.parameter_values()
-            coarse, self.points = self._long_range(values, global_values, 32), 32
+            fine, self.points = self._long_range(values, global_values, 32), 16
             while self.points < 2048:
-                fine = self._long_range(values, global_values, 2 * self.points)
                 self.points *= 2
+                coarse, fine = fine, self._long_range(values, global_values, 2 * self.points)
                 error = float((fine - coarse).abs() / fine.abs().clamp(min=1e-300))
-                if error < 1e-10 or float(fine) == 0:
+                if error < 1e-10:
                     return
-                coarse = fine
         if not error < 1e-3:
             raise InvalidInputError(
                 f"{self.where}: its long-range correction does not converge; does the energy go to "
