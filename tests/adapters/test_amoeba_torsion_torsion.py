@@ -34,6 +34,11 @@ def grid(size, *, derivatives=False, closed=True, transposed=False, seed=0):
     return (table.transpose(1, 0, 2) if transposed else table).tolist()
 
 
+def narrow(table):
+    """The same over less than 360 degrees, as some force fields have it."""
+    return (np.array(table) * np.array([0.9, 0.8, 1.0])).tolist()
+
+
 def torsion_system(*, grids, n_torsions=3, check=True, periodic=False, seed=2):
     """Separate chains of five particles with a sixth at the centre."""
     rng = np.random.default_rng(seed)
@@ -66,6 +71,7 @@ def torsion_system(*, grids, n_torsions=3, check=True, periodic=False, seed=2):
         dict(grids=[grid(9)], check=False),
         dict(grids=[grid(7, derivatives=True), grid(8, seed=4)]),
         dict(grids=[grid(8, closed=False), grid(7, transposed=True)]),
+        dict(grids=[narrow(grid(9))], n_torsions=2, seed=5),
         dict(grids=[grid(9), grid(7, derivatives=True, seed=3)], periodic=True, n_torsions=4),
     ],
 )
@@ -150,7 +156,7 @@ def test_write_back():
         (lambda f: f.addTorsionTorsion(0, 1, 2, 3, 4, -2, 0), "chirality check particle -2"),
         (lambda f: f.addTorsionTorsion(0, 1, 2, 3, 4, -1, 1), "entry 3 refers to"),
         (lambda f: f.setTorsionTorsionGrid(0, grid(7)[:4]), "as many points"),
-        (lambda f: f.setTorsionTorsionGrid(0, (0.5 * np.array(grid(7))).tolist()), "from -180"),
+        (lambda f: f.setTorsionTorsionGrid(0, (np.array(grid(7)) ** 3).tolist()), "equal steps"),
     ],
 )
 def test_refuses_what_makes_no_sense(spoil, message):

@@ -309,6 +309,22 @@ def test_tail_of_groups_has_a_gradient_for_each_particle():
     torch.testing.assert_close(gradient(*values), alone, rtol=1e-6, atol=1e-6)
 
 
+def test_tail_without_parameters():
+    """One integral serves all pairs: 4 pi N / ((N + 1) V) N (N + 1) / 2 k / (3 rc^3)."""
+    force = make("k/r^6", {}, Force.CutoffPeriodic, globals_={"k": 2.0}, cutoff=1.1)
+    for _ in range(5):
+        force.addParticle([])
+    system = system_with(force, 5, CUBE)
+    force = system.getForce(0)
+    x, h = torch.tensor(grid(5, 8)), torch.tensor(CUBE)
+    energies = []
+    for tail in (True, False):
+        force.setUseLongRangeCorrection(tail)
+        energies.append(mdgraft.graft(system)(x, h).detach().item())
+    expected = 2 * math.pi * 25 / 27 * 2.0 / (3 * 1.1**3)
+    assert energies[0] - energies[1] == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_batch_of_parameters_shares_one_partition():
     """Under vmap classes separate what differs in any member of the batch."""
     potential = mdgraft.graft(with_tail(LJ, 12, kinds=3))

@@ -36,15 +36,16 @@ class AmoebaTorsionTorsionConverter(AbstractConverter):
                 f"indices reach only from -1, for none, to {n - 1}"
             )
         grids = _grids(force)
-        axes = [(grid[:, 0, 0], grid[0, :, 1]) for grid in grids]
+        starts = [grid[0, 0, :2] for grid in grids]
+        widths = [(grid[-1, -1, :2] - grid[0, 0, :2]) / (len(grid) - 1) for grid in grids]
         flat = [grid.reshape(-1, 6) for grid in grids] or [np.empty((0, 6))]
         tables = torch.tensor(np.concatenate(flat))
         return AmoebaTorsionTorsion(
             torch.cat([chain, check], dim=-1),
             checked_indices(name, rows, 6, n_particles=len(grids)).squeeze(-1),
             [len(grid) for grid in grids],
-            torch.tensor([[a[0] for a in pair] for pair in axes]).reshape(-1, 2).double(),
-            torch.tensor([[a[1] - a[0] for a in pair] for pair in axes]).reshape(-1, 2).double(),
+            torch.tensor(np.array(starts).reshape(-1, 2)),
+            torch.tensor(np.array(widths).reshape(-1, 2)),
             {key: tables[:, 2 + k].clone() for k, key in enumerate(TABLES)},
             periodic=force.usesPeriodicBoundaryConditions(),
         )
@@ -80,13 +81,12 @@ def _grids(force: openmm.AmoebaTorsionTorsionForce) -> list[np.ndarray]:
                 f"{force.getName()}: grid {i} has the shape {grid.shape}, wanted as many points "
                 "along one angle as along the other, and at least 2"
             )
-        width = 360.0 / (len(grid) - 1)
         for axis, angles in enumerate((grid[:, :, 0], grid[:, :, 1].T)):
-            wanted = angles[0, 0] + width * np.arange(len(grid))
-            if np.abs(angles - wanted[:, None]).max() > 1e-4 or abs(angles[0, 0] + 180) > 1e-4:
+            wanted = np.linspace(angles[0, 0], angles[-1, 0], len(grid))
+            if angles[0, 0] >= angles[-1, 0] or np.abs(angles - wanted[:, None]).max() > 1e-4:
                 raise InvalidInputError(
-                    f"{force.getName()}: angle {axis + 1} of grid {i} must run from -180 to 180 "
-                    f"degrees in {len(grid) - 1} equal steps"
+                    f"{force.getName()}: angle {axis + 1} of grid {i} must grow in equal steps "
+                    "along one axis and stay the same along the other"
                 )
         grids.append(grid)
     return grids

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft.lepton.operations import OPERATIONS, SINGULAR
+from mdgraft.lepton.simplify import simplify
 from mdgraft.lepton.syntax import Apply, Call, Constant, Node, Parser, Variable, walk
 
 _BRANCHES = ("select", "min", "max")
@@ -51,8 +52,7 @@ class Expression:
         where: str = "expression",
     ) -> None:
         self.text = text
-        #: The tree; definitions are shared subtrees.
-        self.root: Node = Parser(
+        parsed = Parser(
             text,
             where=where,
             variables=frozenset(variables),
@@ -60,6 +60,8 @@ class Expression:
             geometry=geometry or {},
             labels=frozenset(labels),
         ).parse()
+        #: The tree; equal subtrees are one object.
+        self.root: Node = simplify(parsed)
         nodes = walk(self.root)
         #: Variables that the value depends on.
         self.variables = frozenset(n.name for n in nodes if isinstance(n, Variable))
@@ -150,9 +152,8 @@ class _Evaluation:
         else:
             first, second = node.arguments
             a, b = self(first, values, known), self(second, values, known)
-            taken = a >= b
-            if node.operation == "min":
-                first, second = second, first
+            # Equal arguments: Lepton takes the slope of the second in min, of the first in max.
+            taken = a < b if node.operation == "min" else a >= b
         if not isinstance(taken, Tensor):
             return self(first if taken else second, values, known)
         options = [

@@ -31,6 +31,9 @@ class AmoebaTorsionTorsion(AbstractTerm):
     the vectors from it to the check particle, 2 and 4), both dihedrals change sign. With three
     consecutive particles in line there is no energy, as in OpenMM.
 
+    As in OpenMM, too, the cell is found as if every grid spanned 360 degrees, so that one that
+    spans less is extrapolated from the wrong cells.
+
     Parameters
     ----------
     particles
@@ -99,16 +102,18 @@ class AmoebaTorsionTorsion(AbstractTerm):
 
         size = self.sizes[self.grids]
         width = self.widths[self.grids]
-        scaled = (angles - self.starts[self.grids]) / width
+        beyond = angles - self.starts[self.grids]
+        scaled = beyond / width
+        # Rounded up just before the next cell.
+        place = beyond.detach() * (size.unsqueeze(-1) - 1) / 360 + 1e-6
         last = (size - 2).unsqueeze(-1)
-        # OpenMM rounds up what is this close to the next grid line.
-        cell = torch.floor(scaled.detach() + 1e-6).long().clamp(min=0).minimum(last)
+        cell = torch.floor(place).long().clamp(min=0).minimum(last)
         value, slope = hermite(scaled - cell)
         # The four corners of the cell, ``(frames, torsions, 2, 2)``.
         step = torch.arange(2, device=positions.device)
         row = (cell[..., 0, None] + step) * size[:, None]
-        place = row[..., :, None] + (cell[..., 1, None] + step)[..., None, :]
-        place = place + self.offsets[self.grids][:, None, None]
+        point = row[..., :, None] + (cell[..., 1, None] + step)[..., None, :]
+        point = point + self.offsets[self.grids][:, None, None]
 
         slope = slope * width.unsqueeze(-1)
         x, y = ((value[..., d, :], slope[..., d, :]) for d in (0, 1))
@@ -117,7 +122,7 @@ class AmoebaTorsionTorsion(AbstractTerm):
             TABLES, (x[0], x[1], x[0], x[1]), (y[0], y[0], y[1], y[1]), strict=True
         ):
             weight = along_x[..., :, None] * along_y[..., None, :]
-            energy = energy + (weight * values[name][place]).sum(dim=(-2, -1))
+            energy = energy + (weight * values[name][point]).sum(dim=(-2, -1))
         return torch.where(self._in_line(positions, box, chain), 0.0, energy).sum(dim=-1)
 
     def _sense(self, positions: Tensor, box: Tensor | None, check: Tensor) -> Tensor:

@@ -216,7 +216,10 @@ class AmoebaVdw(AbstractTerm):
             vectors = pairs.displacements(positions, cell)
             within = (vectors * vectors).sum(dim=-1) <= settings.cutoff**2
             energy = torch.where(within, energy, 0.0)
-        total = pairs.sum(energy, positions.shape[0]) + 0.0 * global_values[LAMBDA]
+        total = pairs.sum(energy, positions.shape[0])
+        if LAMBDA in global_values:
+            # OpenMM declares it in any case; its derivative is zero, not missing.
+            total = total + 0.0 * global_values[LAMBDA]
         if settings.cutoff is not None and settings.dispersion_correction:
             assert box is not None
             total = total + self._tail(values) / volume(box)

@@ -128,9 +128,7 @@ def correction(
     """
     labels, members = _classes(parameters, counts.kind)
     n_particles, n_classes = labels.shape[0], members.shape[0]
-    example = next(iter(parameters.values()), counts.weights)
-    size = torch.zeros(n_classes, dtype=example.dtype, device=labels.device)
-    size = size.index_add(0, labels, torch.ones_like(labels, dtype=example.dtype))
+    size = torch.bincount(labels, minlength=n_classes).double()
 
     def mean(value: Tensor) -> Tensor:
         # The value is that of one member, so that indices into tables stay integers.
@@ -184,8 +182,8 @@ def correction(
             dim=-1,
         )
         deviation = torch.stack([parameters[name] - classes[name][labels] for name in bent], dim=-1)
-        bent = (curvature[labels] @ deviation.unsqueeze(-1)).squeeze(-1)
-        total = total + 0.5 * (deviation * bent).sum()
+        slopes = (curvature[labels] @ deviation.unsqueeze(-1)).squeeze(-1)
+        total = total + 0.5 * (deviation * slopes).sum()
     result: Tensor = 4 * math.pi * n_particles / (n_particles + 1) * total
     return result
 
