@@ -18,6 +18,8 @@ from mdgraft_openmm.forces.custom_compound_bond import CustomCompoundBondConvert
 from mdgraft_openmm.forces.custom_cv import CustomCVConverter
 from mdgraft_openmm.forces.custom_external import CustomExternalConverter
 from mdgraft_openmm.forces.custom_gb import CustomGBConverter
+from mdgraft_openmm.forces.custom_hbond import CustomHbondConverter
+from mdgraft_openmm.forces.custom_many_particle import CustomManyParticleConverter
 from mdgraft_openmm.forces.custom_nonbonded import CustomNonbondedConverter
 from mdgraft_openmm.forces.custom_torsion import CustomTorsionConverter
 from mdgraft_openmm.forces.custom_volume import CustomVolumeConverter
@@ -43,6 +45,8 @@ CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
     openmm.CustomCompoundBondForce: CustomCompoundBondConverter(),
     openmm.CustomExternalForce: CustomExternalConverter(),
     openmm.CustomGBForce: CustomGBConverter(),
+    openmm.CustomHbondForce: CustomHbondConverter(),
+    openmm.CustomManyParticleForce: CustomManyParticleConverter(),
     openmm.CustomNonbondedForce: CustomNonbondedConverter(),
     openmm.CustomTorsionForce: CustomTorsionConverter(),
     openmm.CustomVolumeForce: CustomVolumeConverter(),

@@ -1,0 +1,186 @@
+"""CustomHbondForce and CustomManyParticleForce against OpenMM."""
+
+import dataclasses
+
+import mdgraft
+import mdgraft_openmm
+import numpy as np
+import openmm
+import pytest
+import torch
+from agreement import assert_agrees
+
+N = 15
+BOX = np.array([[1.9, 0, 0], [0.4, 2.0, 0], [-0.5, 0.3, 2.1]])
+METHODS = ("NoCutoff", "CutoffNonPeriodic", "CutoffPeriodic")
+
+
+def system_with(force):
+    system = openmm.System()
+    system.setDefaultPeriodicBoxVectors(*BOX)
+    for _ in range(N):
+        system.addParticle(12.0)
+    system.addForce(force)
+    rng = np.random.default_rng(8)
+    lattice = np.array([(i % 3, i // 3 % 3, i // 9) for i in range(N)]) / 3
+    positions = lattice @ BOX + rng.uniform(-0.12, 0.12, size=(N, 3))
+    if force.usesPeriodicBoundaryConditions():
+        positions += rng.integers(-1, 2, size=(N, 3)) @ BOX
+    return system, positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Hbond:
+    """A CustomHbondForce."""
+
+    energy: str
+    method: str = "NoCutoff"
+    table: bool = False
+
+    def make(self):
+        rng = np.random.default_rng(2)
+        force = openmm.CustomHbondForce(self.energy)
+        force.setNonbondedMethod(getattr(openmm.CustomHbondForce, self.method))
+        force.setCutoffDistance(0.93)
+        force.addPerDonorParameter("k")
+        force.addPerDonorParameter("r0")
+        force.addPerAcceptorParameter("t0")
+        force.addGlobalParameter("lambda", 0.7)
+        if self.table:
+            values = rng.normal(size=20).tolist()
+            force.addTabulatedFunction("f", openmm.Continuous1DFunction(values, 0.0, 4.0))
+        for i in range(0, 9, 3):
+            force.addDonor(i, i + 1, i + 2, [rng.uniform(1, 5), rng.uniform(0.3, 0.5)])
+        for i in (1, 9, 12, 6):
+            force.addAcceptor(i, i + 1, i + 2, [rng.uniform(1, 2)])
+        force.addExclusion(0, 0)
+        force.addExclusion(1, 2)
+        force.addExclusion(2, 3)
+        return force
+
+
+HBONDS = {
+    "distance-angle": ("k*(distance(a1,d1)-r0)^2*(angle(a1,d1,d2)-t0)^2*lambda", False),
+    "dihedrals": (
+        "k*cos(dihedral(a3,a2,a1,d1))+distance(d1, a2)*sin(2*dihedral(d2,d1,a1,a2)-t0)",
+        False,
+    ),
+    "table": ("f(distance(a1,d1))*angle(d3,a1,a2)+k*0+s*r0; s=lambda*t0", True),
+    "parameters-only": ("k*t0+lambda", False),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", HBONDS)
+def test_hydrogen_bonds(name, method):
+    energy, table = HBONDS[name]
+    assert_agrees(*system_with(Hbond(energy, method, table).make()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    """A CustomManyParticleForce."""
+
+    energy: str
+    size: int = 3
+    central: bool = False
+    filters: tuple = ()
+    table: bool = False
+
+    def make(self, method):
+        rng = np.random.default_rng(6)
+        force = openmm.CustomManyParticleForce(self.size, self.energy)
+        force.setNonbondedMethod(getattr(openmm.CustomManyParticleForce, method))
+        force.setCutoffDistance(0.88)
+        mode = force.UniqueCentralParticle if self.central else force.SinglePermutation
+        force.setPermutationMode(mode)
+        force.addPerParticleParameter("c")
+        force.addPerParticleParameter("lambda")
+        force.addGlobalParameter("scale", 1.3)
+        if self.table:
+            values = rng.normal(size=9).tolist()
+            force.addTabulatedFunction("f", openmm.Continuous1DFunction(values, -1.0, 1.0))
+        for i in range(N):
+            force.addParticle([rng.uniform(0.5, 1.5), rng.normal()], (7, 2, 2, 9)[i % 4])
+        for i in range(0, N - 1, 2):
+            force.addExclusion(i, i + 1)
+        for place, types in self.filters:
+            force.setTypeFilter(place, types)
+        return force
+
+
+AXILROD = (
+    "scale*c1*c2*c3*(1+3*cos(theta1)*cos(theta2)*cos(theta3))/(r12*r13*r23)^3*1e-3;"
+    "theta1=angle(p1,p2,p3); theta2=angle(p2,p3,p1); theta3=angle(p3,p1,p2);"
+    "r12=distance(p1,p2); r13=distance(p1,p3); r23=distance(p2,p3)"
+)
+STILLINGER = (
+    "c1*scale*(cos(angle(p2,p1,p3))+1/3)^2*exp(-distance(p1,p2))*exp(-distance(p1,p3))+lambda2*c3"
+)
+SETS = {
+    "axilrod-teller": Many(AXILROD),
+    "stillinger-weber": Many(STILLINGER, central=True),
+    "filters": Many(
+        "c1*distance(p1,p2)+2*c2*angle(p1,p2,p3)+lambda3", filters=((0, {2}), (2, {7, 9}))
+    ),
+    "filters-central": Many(
+        "c1*distance(p1,p2)^2+c3*distance(p1,p3)", central=True, filters=((0, {7}), (1, {2, 9}))
+    ),
+    "pairs": Many("c1*lambda2*exp(-pointdistance(x1,y1,z1,x2,y2,z2))", size=2),
+    "no-such-type": Many("distance(p1,p2)", size=2, filters=((0, {55}),)),
+    "four": Many(
+        "scale*c4*sin(dihedral(p1,p2,p3,p4))*f(cos(angle(p2,p1,p4)))",
+        size=4,
+        table=True,
+        central=True,
+        filters=((0, {9}),),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SETS)
+def test_many_particles(name, method):
+    assert_agrees(*system_with(SETS[name].make(method)))
+
+
+@pytest.mark.parametrize(
+    "force",
+    [Hbond(*HBONDS["table"][:1], table=True).make(), SETS["four"].make("NoCutoff")],
+    ids=["hbond", "many"],
+)
+def test_write_back(force):
+    system, positions = system_with(force)
+    before = openmm.XmlSerializer.serialize(system)
+    potential = mdgraft.graft(system)
+    mdgraft_openmm.write_parameters(potential, system)
+    assert openmm.XmlSerializer.serialize(system) == before
+    with torch.no_grad():
+        for value in potential.parameters():
+            value.mul_(1.25)
+    mdgraft_openmm.write_parameters(potential, system)
+    torch.testing.assert_close(mdgraft.graft(system)(positions), potential(positions))
+
+
+def test_what_is_refused():
+    force = openmm.CustomHbondForce("distance(d2,a1)")
+    force.addDonor(0, -1, -1, [])
+    force.addAcceptor(1, 2, 3, [])
+    with pytest.raises(mdgraft.InvalidInputError, match="uses d2, which entry 0 of the donors"):
+        mdgraft.graft(system_with(force)[0])
+    force = openmm.CustomHbondForce("distance(d1,a1)")
+    force.addDonor(0, N, -1, [])
+    with pytest.raises(
+        mdgraft.InvalidInputError, match=rf"donor 0 has the particles \[0, {N}, -1\]"
+    ):
+        mdgraft.graft(system_with(force)[0])
+    force = openmm.CustomManyParticleForce(3, "distance(p1,p4)")
+    for _ in range(N):
+        force.addParticle([], 0)
+    with pytest.raises(mdgraft.InvalidInputError, match="must be among p1, p2, p3"):
+        mdgraft.graft(system_with(force)[0])
+    force = SETS["pairs"].make("CutoffPeriodic")
+    force.setCutoffDistance(1.2)
+    system, positions = system_with(force)
+    with pytest.raises(mdgraft.BoxTooSmallError, match=r"cutoff of 1\.2 nm"):
+        mdgraft.graft(system)(positions, BOX)
