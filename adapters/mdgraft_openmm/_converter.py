@@ -85,6 +85,49 @@ def number(quantity: Any) -> float:
     return float(getattr(quantity, "_value", quantity))
 
 
+def scalar(quantity: Any) -> Tensor:
+    """A Quantity or number as a float64 tensor of shape ``()``."""
+    return torch.tensor(number(quantity), dtype=torch.float64)
+
+
+def changed_scalars(values: Values, force: Any, getters: Mapping[str, str]) -> list[str]:
+    """Parameters of shape ``()`` that differ from the force's own.
+
+    ``getters`` maps parameters to what follows ``get`` in the name of the method.
+    """
+    return [
+        key
+        for key, name in getters.items()
+        if float(values[key]) != number(getattr(force, f"get{name}")())
+    ]
+
+
+def vectors(array: np.ndarray) -> list[openmm.Vec3]:
+    """Rows ``(n, 3)`` as OpenMM takes positions."""
+    return [openmm.Vec3(*map(float, row)) for row in array]
+
+
+def particle_subset(force: Any, host: Host) -> Tensor:
+    """Particles that a force acts on; none named means all."""
+    n_particles = host.system.getNumParticles()
+    rows = [(p,) for p in force.getParticles()] or [(p,) for p in range(n_particles)]
+    picked = checked_indices(force.getName(), rows, 0, n_particles=n_particles).squeeze(-1)
+    if len(set(picked.tolist())) != len(picked):
+        raise InvalidInputError(f"{force.getName()}: a particle is named twice")
+    return picked
+
+
+def reference_positions(force: Any, host: Host) -> Tensor:
+    """Reference positions ``(N, 3)`` of a force."""
+    rows = [[number(x) for x in row] for row in force.getReferencePositions()]
+    if len(rows) != host.system.getNumParticles():
+        raise InvalidInputError(
+            f"{force.getName()}: has {len(rows)} reference positions, wanted one for each of the "
+            f"System's {host.system.getNumParticles()} particles"
+        )
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def global_key(name: str) -> str:
     """What a Potential calls a global parameter: dots separate modules, and no name is empty."""
     return name.replace(".", "_") or "_"

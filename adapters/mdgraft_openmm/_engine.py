@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from mdgraft import InvalidInputError, MissingBoxError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
 from mdgraft_openmm._converter import AbstractConverter, number
+from mdgraft_openmm._copies import faithful_copy, forgotten_settings, restore_settings
 
 #: Forces that are only complete together.
 _COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
@@ -264,14 +264,16 @@ class ForceEngine:
         state = self.__dict__.copy()
         del state["_context"], state["_force"]
         state["_system"] = openmm.XmlSerializer.serialize(self._system)
+        state["_forgotten"] = forgotten_settings(self._system)
         state["_index"] = _index(self._system, self._force)
         state["_last"] = state["_written"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        index = state.pop("_index")
+        index, forgotten = state.pop("_index"), state.pop("_forgotten")
         self.__dict__.update(state)
         self._system = openmm.XmlSerializer.deserialize(state["_system"])
+        restore_settings(self._system, forgotten)
         self._force = self._system.getForce(index)
         self._open()
 
@@ -284,11 +286,11 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
         for i in range(system.getNumParticles()):
             copied.addParticle(system.getParticleMass(i))
         copied.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
-        copied.addForce(copy.deepcopy(force))
+        copied.addForce(faithful_copy(force))
         if isinstance(force, _COMPANIONS):
             for other in system.getForces():
                 if isinstance(other, _COMPANIONS) and int(other.this) != int(force.this):
-                    copied.addForce(copy.deepcopy(other))
+                    copied.addForce(faithful_copy(other))
         for other in copied.getForces():
             other.setForceGroup(1)
             if isinstance(other, openmm.NonbondedForce):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import openmm
 from mdgraft import InvalidInputError
 
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._copies import faithful_copy
 
 _VOLUME = 0.05  # [nm^3] a particle gets in an open system
 _DISPLACEMENT = 0.005  # [nm] away from the minimum, where too many forces vanish
@@ -42,7 +41,7 @@ def generate_positions(system: openmm.System, *, seed: int = 0) -> tuple[np.ndar
     box = np.array([[number(x) for x in row] for row in system.getDefaultPeriodicBoxVectors()])
     n = system.getNumParticles()
     large = n > _LARGE
-    context = _context(copy.deepcopy(system), large)
+    context = _context(faithful_copy(system), large)
     room = box
     if not system.usesPeriodicBoundaryConditions():
         room = np.eye(3) * (n * _VOLUME) ** (1 / 3)

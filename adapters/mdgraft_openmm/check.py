@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -25,6 +24,7 @@ from mdgraft.testing import (
 
 from mdgraft_openmm._adapter import energy_forces
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._copies import faithful_copy
 from mdgraft_openmm._known import remarks
 from mdgraft_openmm._placement import generate_positions
 from mdgraft_openmm.files import check_box, read_positions, read_system
@@ -286,7 +286,7 @@ class OpenMMReference:
             write_parameters(potential, self._contexts[index])
         except (MDGraftError, openmm.OpenMMException):
             # Changes of exclusions and the like need a Context of their own.
-            system = copy.deepcopy(self._contexts[index].getSystem())
+            system = faithful_copy(self._contexts[index].getSystem())
             write_parameters(potential, system)
             self._contexts[index] = _context(system)
 
@@ -309,7 +309,7 @@ class OpenMMReference:
 
 def _with_groups(system: openmm.System, names: Sequence[str]) -> openmm.System:
     """A copy in which the forces named have groups 0, 1, ... and all others share another."""
-    copied = copy.deepcopy(system)
+    copied = faithful_copy(system)
     for force in copied.getForces():
         force.setForceGroup(_PER_CONTEXT)
         if isinstance(force, openmm.NonbondedForce):

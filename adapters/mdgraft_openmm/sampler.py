@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -17,6 +16,7 @@ from mdgraft._errors import SimulationError
 from mdgraft._units import plain as strip_units
 
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._copies import faithful_copy
 from mdgraft_openmm._intervals import decorrelation_interval
 from mdgraft_openmm.files import check_box
 
@@ -160,7 +160,7 @@ class Sampler:
         self.interval = None if interval is None else _positive("interval", interval, "picosecond")
         self.seed = _count("seed", seed, 0)
         self.block_frames = _count("block_frames", block_frames, 1)
-        self._system = copy.deepcopy(system)
+        self._system = faithful_copy(system)
         self.pressure = self._couple(pressure, _count("barostat_frequency", barostat_frequency, 1))
         if self.interval is not None and self._steps(self.interval) < 1:
             raise InvalidInputError(

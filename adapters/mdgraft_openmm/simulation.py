@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mdgraft.fitting.config import SystemConfig
 from mdgraft.fitting.host import AbstractSimulation, Atoms
 
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._copies import faithful_copy
 from mdgraft_openmm.files import check_box, read_positions, read_system
 from mdgraft_openmm.sampler import Sampler
 from mdgraft_openmm.write import write_parameters
@@ -122,7 +122,7 @@ class OpenMMSimulation(AbstractSimulation):
         path.write_text(openmm.XmlSerializer.serialize(self._parametrised()), encoding="utf-8")
 
     def _parametrised(self) -> openmm.System:
-        system = copy.deepcopy(self._system)
+        system = faithful_copy(self._system)
         write_parameters(self.potential, system)
         return system
 

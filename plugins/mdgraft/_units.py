@@ -24,6 +24,7 @@ CHARGE = "elementary charge"
 CHARGE_SQUARED = "elementary charge**2"
 ENERGY = "kilojoule/mole"
 BOND_FORCE_CONSTANT = "kilojoule/(nanometer**2*mole)"
+SURFACE_ENERGY = "kilojoule/(nanometer**2*mole)"
 ANGLE_FORCE_CONSTANT = "kilojoule/(mole*radian**2)"
 
 

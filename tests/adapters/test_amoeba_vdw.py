@@ -58,7 +58,7 @@ OPTIONS = [
     dict(),
     dict(PotentialFunction=Vdw.LennardJones),
     dict(cutoff=0.8),
-    dict(cutoff=0.6, box=TRICLINIC),
+    dict(cutoff=0.6, box=TRICLINIC, correction=False),
     dict(cutoff=0.7, PotentialFunction=Vdw.LennardJones, box=TRICLINIC),
     dict(by_type=True),
     dict(by_type=True, overrides=[(0, 1), (2, 2), (1, 0)]),

@@ -24,11 +24,16 @@ from mdgraft_openmm.forces.custom_nonbonded import CustomNonbondedConverter
 from mdgraft_openmm.forces.custom_torsion import CustomTorsionConverter
 from mdgraft_openmm.forces.custom_volume import CustomVolumeConverter
 from mdgraft_openmm.forces.drude import DrudeConverter
+from mdgraft_openmm.forces.gbsa_obc import GBSAOBCConverter
 from mdgraft_openmm.forces.harmonic_angle import HarmonicAngleConverter
 from mdgraft_openmm.forces.harmonic_bond import HarmonicBondConverter
+from mdgraft_openmm.forces.lcpo import LCPOConverter
 from mdgraft_openmm.forces.nonbonded import NonbondedConverter
+from mdgraft_openmm.forces.orientation_restraint import OrientationRestraintConverter
 from mdgraft_openmm.forces.periodic_torsion import PeriodicTorsionConverter
 from mdgraft_openmm.forces.rb_torsion import RBTorsionConverter
+from mdgraft_openmm.forces.rg import RGConverter
+from mdgraft_openmm.forces.rmsd import RMSDConverter
 
 #: Converters of the Force classes that have a native torch form.
 CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
@@ -51,11 +56,16 @@ CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
     openmm.CustomTorsionForce: CustomTorsionConverter(),
     openmm.CustomVolumeForce: CustomVolumeConverter(),
     openmm.DrudeForce: DrudeConverter(),
+    openmm.GBSAOBCForce: GBSAOBCConverter(),
     openmm.HarmonicAngleForce: HarmonicAngleConverter(),
     openmm.HarmonicBondForce: HarmonicBondConverter(),
+    openmm.LCPOForce: LCPOConverter(),
     openmm.NonbondedForce: NonbondedConverter(),
+    openmm.OrientationRestraintForce: OrientationRestraintConverter(),
     openmm.PeriodicTorsionForce: PeriodicTorsionConverter(),
     openmm.RBTorsionForce: RBTorsionConverter(),
+    openmm.RGForce: RGConverter(),
+    openmm.RMSDForce: RMSDConverter(),
 }
 
 #: Forces that change positions, velocities or the box but add no energy.

@@ -46,6 +46,20 @@ class Pairs:
         cell = box[0] if box.shape[0] == 1 else box[self.frame]
         return minimum_image(vectors, cell)
 
+    def at(self, quantity: Tensor, particles: Tensor) -> Tensor:
+        """A quantity ``(frames, N)`` of one particle of each pair, shaped like its distances."""
+        if self.frame is None:
+            return quantity[:, particles]
+        return quantity[self.frame, particles]
+
+    def add_at(self, total: Tensor, particles: Tensor, contributions: Tensor) -> Tensor:
+        """Add what pairs contribute to one of their particles to ``total`` ``(frames, N)``."""
+        if self.frame is None:
+            return total.index_add(1, particles, contributions)
+        n = total.shape[1]
+        flat = total.reshape(-1).index_add(0, self.frame * n + particles, contributions)
+        return flat.reshape(total.shape)
+
     def sum(self, energies: Tensor, n_frames: int) -> Tensor:
         """Add pair energies up to ``(frames,)``."""
         if self.frame is None:
@@ -119,7 +133,7 @@ def neighbor_pairs(
         lists = [torch.empty(3, 0, dtype=torch.long)]
         for f in range(frames[0].shape[0]):
             cell = None if cells is None else cells[f].cpu().double().numpy()
-            i, j = _within(frames[0][f].cpu().double().numpy(), cell, cutoff)
+            i, j = close_pairs(frames[0][f].cpu().double().numpy(), cell, cutoff)
             first, second = torch.from_numpy(i), torch.from_numpy(j)
             keep = _without(first, second, n_particles, excluded.cpu())
             lists.append(torch.stack([torch.full_like(first[keep], f), first[keep], second[keep]]))
@@ -136,7 +150,7 @@ def neighbor_pairs(
     return Pairs(first=first, second=second, frame=frame)
 
 
-def _within(
+def close_pairs(
     positions: np.ndarray, box: np.ndarray | None, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Half list of one frame as two int64 arrays."""
