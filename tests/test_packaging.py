@@ -27,6 +27,7 @@ HOSTS = ("openmm", "openmmtorch", "simtk", "ase", "MDAnalysis", "parmed", "pymba
 # From the ground up; a floor imports itself and the floors below.
 FLOORS = (
     ("_errors", "_units", "_types", "frames", "_services", "_differences"),
+    ("lepton",),
     ("kernels",),
     ("potentials",),
     ("constraints",),

@@ -191,8 +191,14 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
 
 
 #: Platform properties that a second Context can share.
-_PROPERTIES = ("Precision", "DeviceIndex", "Threads", "DeterministicForces", "UseCpuPme")
-_PROPERTIES += ("OpenCLPlatformIndex",)
+_PROPERTIES = (
+    "Precision",
+    "DeviceIndex",
+    "OpenCLPlatformIndex",
+    "Threads",
+    "DeterministicForces",
+    "UseCpuPme",
+)
 
 
 def _periodic(force: openmm.Force) -> bool:

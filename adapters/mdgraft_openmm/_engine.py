@@ -16,7 +16,13 @@ from mdgraft_openmm._copies import faithful_copy, forgotten_settings, restore_se
 
 #: Forces that are only complete together.
 _COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
-_FIVE_POINTS = ((0.0, -25 / 12), (1.0, 4.0), (2.0, -3.0), (3.0, 4 / 3), (4.0, -1 / 4))
+_FIVE_POINTS: tuple[tuple[float, float], ...] = (
+    (0.0, -25 / 12),
+    (1.0, 4.0),
+    (2.0, -3.0),
+    (3.0, 4 / 3),
+    (4.0, -1 / 4),
+)
 # Of a parameter in which the energy is a polynomial any step is exact; a large one rounds least.
 _LARGE_STEP, _SMALL_STEP = 0.25, 1e-3
 _BOX_STEP = 1e-4

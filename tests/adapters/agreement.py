@@ -60,7 +60,10 @@ def assert_agrees(
         direction = torch.randn(x.shape, generator=random, dtype=torch.float64)
         direction[torch.as_tensor(sites)] = 0.0
         for name in potential.term_names:
-            term = lambda y, name=name: potential.energy_by_term(y, cell_tensor)[name].sum()
+
+            def term(y, name=name):
+                return potential.energy_by_term(y, cell_tensor)[name].sum()
+
             product = torch.autograd.functional.hvp(term, x, direction)[1].numpy()
 
             def slope(t, name=name):

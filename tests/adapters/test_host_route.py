@@ -1,4 +1,4 @@
-"""Terms that OpenMM evaluates: the same numbers as native ones, and forces without a native form."""
+"""Terms that OpenMM evaluates: the numbers of native ones, and forces without a native form."""
 
 import copy
 import pickle
@@ -156,7 +156,7 @@ def test_python_force(closure):
 
 
 def test_python_force_in_a_context():
-    system, x, h = native_system()
+    system, x, _ = native_system()
     force = openmm.PythonForce(quartic, {"k": 2.5})
     system.addForce(force)
     context = openmm.Context(

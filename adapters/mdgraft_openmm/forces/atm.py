@@ -69,8 +69,8 @@ class ATMConverter(AbstractConverter):
         changed = _nested.changed_inner(_forces(force), values)
         if changed:
             return (
-                f"{force.getName()}: parameters of {', '.join(changed)} differ, but OpenMM gives no "
-                "access to the forces inside an ATMForce; make a new one"
+                f"{force.getName()}: parameters of {', '.join(changed)} differ, but OpenMM gives "
+                "no access to the forces inside an ATMForce; make a new one"
             )
         return None
 

@@ -8,7 +8,7 @@ loss or a Hessian-vector product needs. Third derivatives raise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,7 +46,12 @@ class Steps:
 
 
 #: Points and weights of a central difference that is exact for polynomials of the fourth degree.
-FOUR_POINTS = ((-2.0, 1 / 12), (-1.0, -2 / 3), (1.0, 2 / 3), (2.0, -1 / 12))
+FOUR_POINTS: tuple[tuple[float, float], ...] = (
+    (-2.0, 1 / 12),
+    (-1.0, -2 / 3),
+    (1.0, 2 / 3),
+    (2.0, -1 / 12),
+)
 
 
 class Engine(Protocol):

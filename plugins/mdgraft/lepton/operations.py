@@ -1,4 +1,4 @@
-"""Lepton's operators and functions on tensors, with Lepton's own choice of one-sided derivatives."""
+"""Lepton's operators and functions on tensors, with Lepton's choice of one-sided derivatives."""
 
 from __future__ import annotations
 

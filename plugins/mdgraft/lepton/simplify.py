@@ -1,8 +1,8 @@
 """The simplifications that give Lepton's expressions their values and slopes at singular points.
 
-OpenMM simplifies before it differentiates, so that ``sqrt(x^2)`` has the slope of ``abs(x)`` at zero,
-``sqrt(x)^2`` is ``x`` for every x, and ``x/x`` is one. Only rules of that kind are applied here; those
-that merely save time are not.
+OpenMM simplifies before it differentiates, so that ``sqrt(x^2)`` has the slope of ``abs(x)`` at
+zero, ``sqrt(x)^2`` is ``x`` for every x, and ``x/x`` is one. Only rules of that kind are applied
+here; those that merely save time are not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Lepton's grammar: text to a tree.
 
-Precedence from weak to strong: ``+ -``, ``* /``, unary ``-``, ``^``. ``^`` associates to the right and
-binds tighter than a minus to its left, so ``-x^2`` is ``-(x^2)``, and ``2^-x`` is allowed. There is no
-unary plus. Definitions follow the expression after semicolons, ``a*b; b = 2*c; c = 3``; each may use
-those to its right, and replaces a variable of that name.
+Precedence from weak to strong: ``+ -``, ``* /``, unary ``-``, ``^``. ``^`` associates to the right
+and binds tighter than a minus to its left, so ``-x^2`` is ``-(x^2)``, and ``2^-x`` is allowed.
+There is no unary plus. Definitions follow the expression after semicolons, ``a*b; b = 2*c; c = 3``;
+each may use those to its right, and replaces a variable of that name.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ class Apply:
 Node = Constant | Variable | Call | Apply
 
 #: Number of arguments of every function of the language.
-FUNCTIONS = dict.fromkeys(
-    "sqrt exp log sin cos sec csc tan cot asin acos atan sinh cosh tanh erf erfc step delta square "
-    "cube recip abs floor ceil".split(),
+FUNCTIONS = {"atan2": 2, "min": 2, "max": 2, "select": 3} | dict.fromkeys(
+    ("sqrt", "exp", "log", "square", "cube", "recip", "abs", "floor", "ceil", "step", "delta")
+    + ("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+    + ("erf", "erfc"),
     1,
-) | {"atan2": 2, "min": 2, "max": 2, "select": 3}
+)
 
 _OPERATORS = {"+": (0, 1), "-": (0, 1), "*": (1, 2), "/": (1, 2), "^": (3, 3)}
 _NEGATION = 2

@@ -1,9 +1,9 @@
 """Tabulated functions in one to three dimensions, differentiable in arguments and in the table.
 
-A continuous table is a tensor product of cubic Hermite segments whose slopes at the knots are those
-of the natural (or periodic) cubic spline along each axis. In one dimension that is the spline itself;
-in two and three it is the bicubic and tricubic interpolation that OpenMM uses. Everything is linear in
-the table.
+A continuous table is a tensor product of cubic Hermite segments whose slopes at the knots are
+those of the natural (or periodic) cubic spline along each axis. In one dimension that is the spline
+itself; in two and three it is the bicubic and tricubic interpolation that OpenMM uses. Everything
+is linear in the table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,13 +103,14 @@ class ContinuousTable(TabulatedFunction):
 
     def __call__(self, entries: Tensor, *arguments: Tensor) -> Tensor:
         """Interpolate."""
-        arguments = torch.broadcast_tensors(*arguments)
+        broadcast: Any = torch.broadcast_tensors
+        arguments = broadcast(*arguments)
         # Axes in reverse: the first argument runs fastest.
         grid = entries.reshape(self.sizes[::-1])
-        tables = {(): grid}
+        tables: dict[tuple[int, ...], Tensor] = {(): grid}
         for axis, size in enumerate(self.sizes):
             dimension = grid.ndim - 1 - axis
-            slopes = {}
+            slopes: dict[tuple[int, ...], Tensor] = {}
             for key, table in tables.items():
                 slopes[(*key, 0)] = table
                 slopes[(*key, 1)] = _slopes(table, dimension, size, self.periodic)

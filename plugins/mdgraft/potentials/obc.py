@@ -128,10 +128,10 @@ def _integral(r: Tensor, own: Tensor, other: Tensor) -> Tensor:
     # A sphere within the own one takes nothing: keep its logarithm out of the graph.
     upper = torch.where(inside, 1.0, r + other)
     lower = torch.where(inside, 1.0, torch.maximum(own.expand_as(r), (r - other).abs()))
-    l, u = 1 / lower, 1 / upper
+    low, high = 1 / lower, 1 / upper
     inverse = 1 / torch.where(r == 0, 1.0, r)
-    term = l - u + 0.25 * r * (u * u - l * l)
+    term = low - high + 0.25 * r * (high * high - low * low)
     term = term + 0.5 * inverse * torch.log(lower / upper)
-    term = term + 0.25 * other * other * inverse * (l * l - u * u)
-    term = term + torch.where(own < other - r, 2 * (1 / own - l), 0.0)
+    term = term + 0.25 * other * other * inverse * (low * low - high * high)
+    term = term + torch.where(own < other - r, 2 * (1 / own - low), 0.0)
     return torch.where(inside, 0.0, term)

@@ -39,7 +39,8 @@ class RadiusOfGyration(AbstractTerm):
     ) -> Tensor:
         """Energy of each frame ``(frames,)``."""
         x = _centered(positions[:, self.particles])
-        return safe_norm(x.reshape(x.shape[0], -1)) / self.particles.shape[0] ** 0.5
+        result: Tensor = safe_norm(x.reshape(x.shape[0], -1)) / self.particles.numel() ** 0.5
+        return result
 
 
 class RMSD(AbstractTerm):

@@ -47,7 +47,7 @@ class AbstractTerm(nn.Module, abc.ABC):
 
     def parameter_values(self) -> dict[str, Tensor]:
         """The term's own parameters by name, then those of the terms that it contains."""
-        values = {name: value for name, value in self._parameters.items() if value is not None}
+        values: dict[str, Tensor] = {k: v for k, v in self._parameters.items() if v is not None}
         for name, term in self.inner_terms().items():
             inner = term.parameter_values()
             values |= {f"{name}.{key}": value for key, value in inner.items()}

@@ -72,7 +72,7 @@ class SetRules:
                 mask &= close[part[:, 0]] if self.central else close[part].all(axis=1)
                 if place > 1 or not self.central:
                     mask &= np.arange(n) > part[:, -1:]
-                row, last = mask.nonzero()
+                row, last = np.nonzero(mask)
                 found.append(np.concatenate([part[row], last[:, None]], axis=1))
             sets = np.concatenate(found)
         return self._ordered(sets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,16 @@ def point_function(name: str, box: Tensor | None) -> Callable[..., Tensor]:
     kind = name.removeprefix("point")
 
     def function(*coordinates: Tensor) -> Tensor:
-        spread = torch.broadcast_tensors(*coordinates)
+        broadcast: Any = torch.broadcast_tensors
+        spread = broadcast(*coordinates)
         shape = spread[0].shape
         points = torch.stack(spread, dim=-1).reshape(-1, GEOMETRY[kind], 3)
         cells = box
         if box is not None:
             cells = box[:, None].expand(-1, points.shape[0] // box.shape[0], 3, 3).reshape(-1, 3, 3)
         particles = torch.arange(GEOMETRY[kind], device=points.device).unsqueeze(0)
-        return measure(kind, points, cells, particles).reshape(shape)
+        result: Tensor = measure(kind, points, cells, particles).reshape(shape)
+        return result
 
     return function
 
