@@ -51,6 +51,10 @@ class AbstractConverter(abc.ABC):
         """Describe a value that no Context accepts, or return None."""
         return None
 
+    def rebuilt(self, values: Values, force: Any) -> Any | None:
+        """A new force with ``values``, if no setter reaches what `refused` says is out of reach."""
+        return None
+
     def structural(self, values: Values, force: Any) -> list[str]:
         """Name the changes in ``values`` that ``updateParametersInContext`` cannot take over."""
         return []

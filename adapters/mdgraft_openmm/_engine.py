@@ -175,7 +175,9 @@ class ForceEngine:
         if self._converter is None or k - 2 >= len(self._names):
             return True
         moved = dict(zip(self._names, _changed(arrays, k, entry, change)[2:], strict=False))
-        return self._converter.refused(moved, self._force) is None
+        if self._converter.refused(moved, self._force) is None:
+            return True
+        return self._copied and self._converter.rebuilt(moved, self._force) is not None
 
     # OpenMM ------------------------------------------------------------------------------------
 
@@ -221,15 +223,25 @@ class ForceEngine:
         own = dict(zip(self._names, new, strict=False))
         before = None if old is None else dict(zip(self._names, old, strict=False))
         if self._converter is not None and not _same(before, own):
-            refused = self._converter.refused(own, self._force)
-            if refused:
-                raise InvalidInputError(f"{refused}. Clamp it, or train a transform of it")
-            structural = self._converter.structural(own, self._force)
-            self._converter.write(own, self._force)
-            self._update(reopen=bool(structural))
+            self._write(self._converter, own)
         for name, value in zip(self._globals, new[len(self._names) :], strict=True):
             self._context.setParameter(name, float(value))
         self._written = new
+
+    def _write(self, converter: AbstractConverter, values: Mapping[str, np.ndarray]) -> None:
+        refused = converter.refused(values, self._force)
+        if refused is None:
+            structural = converter.structural(values, self._force)
+            converter.write(values, self._force)
+            self._update(reopen=bool(structural))
+            return
+        new = converter.rebuilt(values, self._force) if self._copied else None
+        if new is None:
+            raise InvalidInputError(f"{refused}. Clamp it, or train a transform of it")
+        new.setForceGroup(self._force.getForceGroup())
+        self._system.removeForce(_index(self._system, self._force))
+        self._force = self._system.getForce(self._system.addForce(new))
+        self._open()
 
     def _update(self, *, reopen: bool) -> None:
         if not reopen and hasattr(self._force, "updateParametersInContext"):

@@ -1,4 +1,7 @@
-"""Bonded forces, torsion maps and virtual sites against OpenMM's Reference platform."""
+"""Bonded forces and virtual sites against OpenMM's Reference platform.
+
+HarmonicBondForce, HarmonicAngleForce, PeriodicTorsionForce, RBTorsionForce, CMAPTorsionForce.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Custom bonds of every kind, external fields and volume energies against OpenMM."""
+"""Custom bonds of every kind, external fields and volume energies against OpenMM.
+
+CustomBondForce, CustomAngleForce, CustomTorsionForce, CustomCompoundBondForce,
+CustomCentroidBondForce, CustomExternalForce, CustomVolumeForce.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -9,7 +9,7 @@ import openmm
 import pytest
 import torch
 from agreement import assert_agrees
-from mdgraft.potentials.self_consistent import SelfConsistent
+from mdgraft.potentials import SelfConsistent
 from openmm import app, unit
 
 AXES = np.array(

@@ -1,4 +1,7 @@
-"""Terms that OpenMM evaluates: the numbers of native ones, and forces without a native form."""
+"""Terms that OpenMM evaluates: the numbers of native ones, and forces without a native form.
+
+PythonForce among them.
+"""
 
 import copy
 import pickle

@@ -10,7 +10,7 @@ from mdgraft import InvalidInputError, Potential, SimulationError
 from mdgraft.potentials import AbstractTerm
 from mdgraft.potentials.drude import Drude
 from mdgraft.potentials.nonbonded import Method, Nonbonded, NonbondedSettings
-from mdgraft.potentials.self_consistent import SelfConsistent
+from mdgraft.potentials import SelfConsistent
 
 COULOMB = 138.93545764438198
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import openmm
@@ -59,20 +60,25 @@ class ATMConverter(AbstractConverter):
 
     def refused(self, values: Values, force: openmm.ATMForce) -> str | None:
         """Find displacements that a particle cannot have, and changes of the forces inside."""
-        for i in range(force.getNumParticles()):
-            own = isinstance(force.getParticleTransformation(i), openmm.FixedDisplacement)
-            if not own and any(values[key][i].any() for key in _DISPLACEMENTS):
-                return (
-                    f"{force.getName()}.displacement0, displacement1: particle {i} is displaced by "
-                    "other particles, so that its entries must be zero"
-                )
         changed = _nested.changed_inner(_forces(force), values)
-        if changed:
-            return (
-                f"{force.getName()}: parameters of {', '.join(changed)} differ, but OpenMM gives "
-                "no access to the forces inside an ATMForce; make a new one"
-            )
-        return None
+        hidden = (
+            f"{force.getName()}: parameters of {', '.join(changed)} differ, but OpenMM gives no "
+            "access to the forces inside an ATMForce; make a new one"
+        )
+        return _misplaced(values, force) or (hidden if changed else None)
+
+    def rebuilt(self, values: Values, force: openmm.ATMForce) -> openmm.ATMForce | None:
+        """One that holds other forces, unless these are refused."""
+        inner = _forces(force)
+        if _misplaced(values, force) or _nested.refused_inner(inner, values):
+            return None
+        _nested.write_inner(inner, values)
+        root = ElementTree.fromstring(openmm.XmlSerializer.serialize(force))
+        for node, new in zip(root.iterfind("Forces/Force"), inner.values(), strict=True):
+            node[:] = [ElementTree.fromstring(openmm.XmlSerializer.serialize(new))]
+        made = openmm.XmlSerializer.deserialize(ElementTree.tostring(root, encoding="unicode"))
+        self.write(values, made)
+        return made
 
     def global_defaults(self, force: openmm.ATMForce) -> dict[str, float]:
         """Those of the forces inside too; the force's own win."""
@@ -82,6 +88,18 @@ class ATMConverter(AbstractConverter):
         """Declare it here; the force's own default hides those of the forces inside."""
         if name in declared_globals(force):
             set_declared_global(force, name, value)
+
+
+def _misplaced(values: Values, force: openmm.ATMForce) -> str | None:
+    """Displacements that a particle cannot have."""
+    for i in range(force.getNumParticles()):
+        own = isinstance(force.getParticleTransformation(i), openmm.FixedDisplacement)
+        if not own and any(values[key][i].any() for key in _DISPLACEMENTS):
+            return (
+                f"{force.getName()}.displacement0, displacement1: particle {i} is displaced by "
+                "other particles, so that its entries must be zero"
+            )
+    return None
 
 
 def _forces(force: openmm.ATMForce) -> dict[str, Any]:

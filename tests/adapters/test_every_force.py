@@ -1,0 +1,73 @@
+"""Every Force class that has energy, by each route."""
+
+import mdgraft
+import openmm
+import pytest
+import torch
+from force_examples import EXAMPLES, example
+from force_table import INDEX, files_about, force_classes, section, updated
+
+
+def by_class(cls):
+    return cls.__name__
+
+
+def test_every_class_has_an_example_a_section_and_tests():
+    assert {c.__name__ for c in force_classes()} <= {c.__name__ for c in EXAMPLES}
+    names = [c.__name__ for c in EXAMPLES if c is not openmm.PythonForce]
+    assert [name for name in names if section(name) is None] == []
+    assert [name for name in names if not files_about(name)] == []
+
+
+def test_table_is_up_to_date():
+    page = INDEX.read_text(encoding="utf-8")
+    assert updated(page) == page, "run python tests/adapters/force_table.py"
+
+
+@pytest.mark.parametrize("force_class", EXAMPLES, ids=by_class)
+def test_is_native(force_class):
+    """All but those that run the user's own code."""
+    system, _, _ = example(force_class)
+    routes = set(mdgraft.graft(system).routes.values())
+    assert routes == {"host" if force_class is openmm.PythonForce else "native"}
+
+
+@pytest.mark.parametrize("force_class", EXAMPLES, ids=by_class)
+def test_routes_agree(force_class):
+    """Energy, all first derivatives and a product with each second one, natively and by OpenMM."""
+    system, positions, box = example(force_class)
+    random = torch.Generator().manual_seed(2)
+    along = torch.randn(positions.shape, generator=random, dtype=torch.float64)
+    answers = []
+    for route in ("auto", "host"):
+        potential = mdgraft.graft(system, route=route)
+        x = torch.tensor(positions, requires_grad=True)
+        h = torch.tensor(box, requires_grad=True)
+        inputs = {"positions": x, **dict(potential.named_parameters())}
+        if potential.periodic:
+            inputs["box"] = h
+        energy = potential(x, h)
+        first = torch.autograd.grad(
+            energy, list(inputs.values()), create_graph=True, materialize_grads=True
+        )
+        second = torch.autograd.grad(
+            (first[0] * along).sum() + 0 * energy, list(inputs.values()), materialize_grads=True
+        )
+        answers.append(
+            (energy, dict(zip(inputs, first, strict=True)), dict(zip(inputs, second, strict=True)))
+        )
+    (energy, *native), (other, *host) = answers
+    assert other.item() == pytest.approx(energy.item(), rel=1e-9)
+    for order, rtol in ((0, 1e-7), (1, 1e-6)):
+        assert native[order].keys() == host[order].keys()
+        for name, truth in native[order].items():
+            # A reduced box has six entries; the host knows no others.
+            truth = truth.tril() if name == "box" else truth
+            scale = max(truth.abs().max().item(), 0.01 * abs(energy.item()))
+            torch.testing.assert_close(
+                host[order][name],
+                truth,
+                rtol=0,
+                atol=rtol * scale,
+                msg=f"{name}, order {order + 1}",
+            )
