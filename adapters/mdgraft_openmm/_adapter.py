@@ -14,7 +14,7 @@ from mdgraft.potentials import AbstractTerm, is_reserved
 from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_openmm._converter import Host, declared_globals, global_key, number
-from mdgraft_openmm._engine import ForceEngine
+from mdgraft_openmm._engine import ForceEngine, index_of, known_class
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -47,7 +47,7 @@ def energy_forces(system: openmm.System) -> dict[str, openmm.Force]:
         while name in named or is_reserved(name):
             repeat += 1
             name = f"{base}_{repeat}"
-        named[name] = force
+        named[name] = known_class(force)
     return named
 
 
@@ -175,7 +175,7 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
         }
     engine = ForceEngine(
         host.system,
-        [int(f.this) for f in host.system.getForces()].index(int(force.this)),
+        index_of(host.system, force),
         converter=converter,
         names=tuple(values),
         platform=platform,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import openmm
+import torch
 from mdgraft import InvalidInputError, MissingBoxError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
@@ -66,6 +67,7 @@ class ForceEngine:
         self._platform, self._properties = platform, dict(properties)
         self._system, self._force, self._group = _alone(system, index)
         self._copied = self._system is not system
+        self._pointer = _pointer(self._force)
         self._last: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
         self._open()
         self.global_defaults = self._own_globals()
@@ -166,8 +168,7 @@ class ForceEngine:
         values = []
         for x, h in self._frames(arrays):
             self._put(x, h)
-            with self._in_own_group():
-                state = self._context.getState(parameterDerivatives=True, groups=1 << self._group)
+            state = self._state(parameterDerivatives=True)
             values.append(state.getEnergyParameterDerivatives()[name])
         return np.array(values)
 
@@ -189,10 +190,7 @@ class ForceEngine:
         for x, h in self._frames(arrays):
             try:
                 self._put(x, h)
-                with self._in_own_group():
-                    state = self._context.getState(
-                        energy=True, forces=True, groups=1 << self._group
-                    )
+                state = self._state(energy=True, forces=True)
             except openmm.OpenMMException as error:
                 raise InvalidInputError(
                     f"{self._force.getName()}: OpenMM cannot evaluate it here ({error})"
@@ -208,11 +206,21 @@ class ForceEngine:
             yield x, arrays[1][f] if arrays[1].size else None
 
     def _put(self, x: np.ndarray, h: np.ndarray | None) -> None:
+        if not self._copied and self._pointer not in map(_pointer, self._system.getForces()):
+            raise InvalidInputError(
+                "host_object: a force that is evaluated where it is was removed from its System; "
+                "graft the System again"
+            )
         if h is not None:
             self._context.setPeriodicBoxVectors(*h)
         elif self._force.usesPeriodicBoundaryConditions():
             raise MissingBoxError(f"{self._force.getName()}: is periodic; pass box vectors")
         self._context.setPositions(x)
+
+    def _state(self, **wanted: bool) -> openmm.State:
+        # A force may itself differentiate with torch, and runs where gradients are off.
+        with self._in_own_group(), torch.inference_mode(mode=False), torch.enable_grad():
+            return self._context.getState(groups=1 << self._group, **wanted)
 
     def _set(self, arrays: Arrays) -> None:
         """Bring parameters into the Context, if they are not there yet."""
@@ -239,7 +247,7 @@ class ForceEngine:
         if new is None:
             raise InvalidInputError(f"{refused}. Clamp it, or train a transform of it")
         new.setForceGroup(self._force.getForceGroup())
-        self._system.removeForce(_index(self._system, self._force))
+        self._system.removeForce(index_of(self._system, self._force))
         self._force = self._system.getForce(self._system.addForce(new))
         self._open()
 
@@ -279,11 +287,16 @@ class ForceEngine:
             self._force.setForceGroup(group)
 
     def __getstate__(self) -> dict[str, Any]:
+        if not _copyable(self._force):
+            raise TypeError(
+                f"{self._force.getName()}: a force of a plug-in can be neither copied nor pickled; "
+                "graft the System again instead"
+            )
         state = self.__dict__.copy()
         del state["_context"], state["_force"]
         state["_system"] = openmm.XmlSerializer.serialize(self._system)
         state["_forgotten"] = forgotten_settings(self._system)
-        state["_index"] = _index(self._system, self._force)
+        state["_index"] = index_of(self._system, self._force)
         state["_last"] = state["_written"] = None
         return state
 
@@ -298,8 +311,10 @@ class ForceEngine:
 
 def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.Force, int]:
     """A System with little else than a copy of the force, the copy, and a free force group."""
-    force = system.getForce(index)
+    force = known_class(system.getForce(index))
     try:
+        if not _copyable(force):
+            raise TypeError(type(force))
         copied = openmm.System()
         for i in range(system.getNumParticles()):
             copied.addParticle(system.getParticleMass(i))
@@ -307,7 +322,7 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
         copied.addForce(faithful_copy(force))
         if isinstance(force, _COMPANIONS):
             for other in system.getForces():
-                if isinstance(other, _COMPANIONS) and int(other.this) != int(force.this):
+                if isinstance(other, _COMPANIONS) and _pointer(other) != _pointer(force):
                     copied.addForce(faithful_copy(other))
         for other in copied.getForces():
             other.setForceGroup(1)
@@ -315,7 +330,7 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
                 other.setReciprocalSpaceForceGroup(-1)
         return copied, copied.getForce(0), 0
     except Exception:
-        # A function that cannot be pickled, say: evaluate it where it is, among the others.
+        # Such as a function that cannot be pickled: evaluate it where it is, among the others.
         used = {f.getForceGroup() for f in system.getForces()}
         free = [group for group in range(32) if group not in used]
         if not free:
@@ -325,8 +340,32 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
         return system, force, free[0]
 
 
-def _index(system: openmm.System, force: openmm.Force) -> int:
-    return [int(f.this) for f in system.getForces()].index(int(force.this))
+def known_class(force: openmm.Force) -> Any:
+    """The force as an object of its own class, where the module of a plug-in knows it.
+
+    Of a class that another module defines a System returns bare Forces.
+    """
+    for cls in openmm.Force.__subclasses__() if type(force) is openmm.Force else ():
+        if hasattr(cls, "cast") and hasattr(cls, "isinstance") and cls.isinstance(force):
+            return cls.cast(force)
+    return force
+
+
+def _copyable(force: openmm.Force) -> bool:
+    """Whether it is OpenMM's own.
+
+    A plug-in that was built for another version may end the process where it is asked for a copy.
+    """
+    return type(force) is not openmm.Force and type(force).__module__.split(".")[0] == "openmm"
+
+
+def index_of(system: openmm.System, force: openmm.Force) -> int:
+    """Place of a force in its System."""
+    return list(map(_pointer, system.getForces())).index(_pointer(force))
+
+
+def _pointer(force: openmm.Force) -> int:
+    return int(force.this)
 
 
 def _same(first: Mapping[str, np.ndarray] | None, second: Mapping[str, np.ndarray]) -> bool:

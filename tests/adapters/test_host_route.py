@@ -158,6 +158,35 @@ def test_python_force(closure):
     assert [force.getForceGroup() for force in system.getForces()] == groups
 
 
+def differentiated(state):
+    """A model that differentiates itself."""
+    x = torch.tensor(state.getPositions(asNumpy=True)._value, requires_grad=True)
+    energy = (x[1:] - x[:-1]).pow(4).sum()
+    energy.backward()
+    return energy.item(), -x.grad.numpy()
+
+
+def test_python_force_that_uses_torch():
+    """Inside an autograd function gradients are off, inside inference mode tensors are dead."""
+    system, x, h = native_system()
+    system.addForce(openmm.PythonForce(differentiated, {}))
+    potential = mdgraft.graft(system)
+
+    def term(y):
+        return potential.energy_by_term(y, h)["PythonForce"]
+
+    def truth(y):
+        return (y[1:] - y[:-1]).pow(4).sum()
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        expected = transform(truth)(x)
+        torch.testing.assert_close(
+            transform(term)(x), expected, rtol=0, atol=1e-7 * expected.abs().max().item()
+        )
+    with torch.inference_mode():
+        assert term(x).item() == pytest.approx(truth(x).item())
+
+
 def test_python_force_in_a_context():
     system, x, _ = native_system()
     force = openmm.PythonForce(quartic, {"k": 2.5})

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 from mdgraft import InvalidInputError, Potential, SimulationError
-from mdgraft.potentials import AbstractTerm
+from mdgraft.potentials import AbstractTerm, SelfConsistent
 from mdgraft.potentials.drude import Drude
 from mdgraft.potentials.nonbonded import Method, Nonbonded, NonbondedSettings
-from mdgraft.potentials import SelfConsistent
 
 COULOMB = 138.93545764438198
 
