@@ -13,7 +13,7 @@ from mdgraft import InvalidInputError, Potential, UnsupportedForceError, Unsuppo
 from mdgraft.potentials import AbstractTerm, is_reserved
 from mdgraft.potentials.external import ExternalTerm
 
-from mdgraft_openmm._converter import Host, declared_globals, global_key, number
+from mdgraft_openmm._converter import Host, global_key, number
 from mdgraft_openmm._engine import ForceEngine, index_of, known_class
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
@@ -76,16 +76,10 @@ def global_parameters(host: Host, terms: Mapping[str, AbstractTerm]) -> dict[str
 
 def _declared(force: Any, term: AbstractTerm) -> dict[str, float]:
     """Global parameters that a force adds to a Context, with their defaults."""
+    if isinstance(term, ExternalTerm) and isinstance(term.engine, ForceEngine):
+        return term.engine.global_defaults
     converter = CONVERTERS.get(type(force))
-    if converter is not None:
-        return converter.global_defaults(force)
-    if hasattr(force, "getGlobalParameters"):
-        return {name: float(value) for name, value in force.getGlobalParameters().items()}
-    if hasattr(force, "getNumGlobalParameters"):
-        return declared_globals(force)
-    # A class that only its Context knows.
-    engine = term.engine if isinstance(term, ExternalTerm) else None
-    return engine.global_defaults if isinstance(engine, ForceEngine) else {}
+    return converter.global_defaults(force) if converter is not None else {}
 
 
 def read_native(force: openmm.Force, host: Host) -> AbstractTerm | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
+from xml.etree import ElementTree
 
 import openmm
 
@@ -26,6 +27,19 @@ def faithful_copy(original: _T) -> _T:
     copied = copy.deepcopy(original)
     restore_settings(copied, forgotten_settings(original))
     return copied
+
+
+def foreign_classes(force: openmm.Force) -> list[str]:
+    """Names of classes, of the force or of forces inside it, that are not OpenMM's own.
+
+    A plug-in that was built for another version may end the process where it is asked for a copy.
+    """
+    known = type(force) is not openmm.Force and type(force).__module__.split(".")[0] == "openmm"
+    if known and not isinstance(force, openmm.CustomCVForce | openmm.ATMForce):
+        return []
+    root = ElementTree.fromstring(openmm.XmlSerializer.serialize(force))
+    names = {node.get("type", "Force") for node in root.iter("Force") if node.attrib}
+    return sorted(name for name in names if not hasattr(openmm, name))
 
 
 def forgotten_settings(original: openmm.System | openmm.Force) -> list[bool]:

@@ -13,7 +13,13 @@ from mdgraft import InvalidInputError, MissingBoxError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
 from mdgraft_openmm._converter import AbstractConverter, number
-from mdgraft_openmm._copies import faithful_copy, forgotten_settings, restore_settings
+from mdgraft_openmm._copies import (
+    faithful_copy,
+    foreign_classes,
+    forgotten_settings,
+    restore_settings,
+)
+from mdgraft_openmm.forces import WITHOUT_ENERGY
 
 #: Forces that are only complete together.
 _COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
@@ -274,7 +280,10 @@ class ForceEngine:
         """Global parameters that the force adds to a Context, with their defaults."""
         if not self._copied and hasattr(self._force, "getGlobalParameters"):
             return {name: float(v) for name, v in self._force.getGlobalParameters().items()}
-        return {name: float(v) for name, v in dict(self._context.getParameters()).items()}
+        # Among other forces, those of all: which ones it reads nobody tells.
+        hidden = {name for f in self._system.getForces() for name in _of_ensemble(f)}
+        parameters = dict(self._context.getParameters())
+        return {name: float(v) for name, v in parameters.items() if name not in hidden}
 
     @contextlib.contextmanager
     def _in_own_group(self) -> Iterator[None]:
@@ -287,7 +296,7 @@ class ForceEngine:
             self._force.setForceGroup(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        if not _copyable(self._force):
+        if foreign_classes(self._force):
             raise TypeError(
                 f"{self._force.getName()}: a force of a plug-in can be neither copied nor pickled; "
                 "graft the System again instead"
@@ -313,8 +322,8 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
     """A System with little else than a copy of the force, the copy, and a free force group."""
     force = known_class(system.getForce(index))
     try:
-        if not _copyable(force):
-            raise TypeError(type(force))
+        if foreign_classes(force):
+            raise TypeError(foreign_classes(force))
         copied = openmm.System()
         for i in range(system.getNumParticles()):
             copied.addParticle(system.getParticleMass(i))
@@ -340,6 +349,15 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
         return system, force, free[0]
 
 
+def _of_ensemble(force: openmm.Force) -> Iterator[str]:
+    """Global parameters of a thermostat or barostat: static methods say what they are called."""
+    cls = type(force)
+    if cls.__name__ in WITHOUT_ENERGY:
+        for name in vars(cls):
+            if name[0].isupper() and isinstance(vars(cls)[name], staticmethod):
+                yield str(getattr(cls, name)())
+
+
 def known_class(force: openmm.Force) -> Any:
     """The force as an object of its own class, where the module of a plug-in knows it.
 
@@ -349,14 +367,6 @@ def known_class(force: openmm.Force) -> Any:
         if hasattr(cls, "cast") and hasattr(cls, "isinstance") and cls.isinstance(force):
             return cls.cast(force)
     return force
-
-
-def _copyable(force: openmm.Force) -> bool:
-    """Whether it is OpenMM's own.
-
-    A plug-in that was built for another version may end the process where it is asked for a copy.
-    """
-    return type(force) is not openmm.Force and type(force).__module__.split(".")[0] == "openmm"
 
 
 def index_of(system: openmm.System, force: openmm.Force) -> int:

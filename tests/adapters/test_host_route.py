@@ -16,6 +16,9 @@ from mdgraft.testing import check_potential
 from mdgraft_openmm.forces import CONVERTERS
 
 BOX = np.diag([2.0, 2.1, 2.2])
+with_python_force = pytest.mark.skipif(
+    not hasattr(openmm, "PythonForce"), reason="PythonForce came with OpenMM 8.5"
+)
 
 
 def quartic(state):
@@ -126,6 +129,7 @@ def test_transforms_batches_and_precision():
     )
 
 
+@with_python_force
 @pytest.mark.parametrize("closure", [False, True], ids=["pickled", "closure"])
 def test_python_force(closure):
     """The second kind cannot be copied, so it is evaluated among the other forces."""
@@ -166,6 +170,7 @@ def differentiated(state):
     return energy.item(), -x.grad.numpy()
 
 
+@with_python_force
 def test_python_force_that_uses_torch():
     """Inside an autograd function gradients are off, inside inference mode tensors are dead."""
     system, x, h = native_system()
@@ -187,6 +192,7 @@ def test_python_force_that_uses_torch():
         assert term(x).item() == pytest.approx(truth(x).item())
 
 
+@with_python_force
 def test_python_force_in_a_context():
     system, x, _ = native_system()
     force = openmm.PythonForce(quartic, {"k": 2.5})

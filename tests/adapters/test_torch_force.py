@@ -39,6 +39,7 @@ def system_with(force):
     bonds.addBond(0, 1, 0.2, 400.0)
     system.addForce(bonds)
     system.addForce(force)
+    system.addForce(openmm.AndersenThermostat(300.0, 1.0))
     return system, torch.tensor(np.random.default_rng(4).normal(0, 0.3, size=(4, 3)))
 
 
@@ -75,3 +76,36 @@ def test_periodic(tmp_path):
     (found,) = torch.autograd.grad(energy, box)
     (truth,) = torch.autograd.grad(Box()(x, box), box)
     torch.testing.assert_close(found, truth.tril(), rtol=0, atol=1e-4 * truth.abs().max().item())
+
+
+# With openmm-torch 1.5, OpenMM 8.6 itself ends the process where it copies a TorchForce.
+if openmm.Platform.getOpenMMVersion() < "8.6":
+
+    @pytest.mark.parametrize("kind", ["CustomCVForce", "ATMForce"])
+    def test_inside_another_force(kind, tmp_path):
+        inner = torch_force(Springs(), tmp_path / "springs.pt")
+        inner.addGlobalParameter("k", 3.0)
+        if kind == "CustomCVForce":
+            force = openmm.CustomCVForce("0.5*v^2")
+            force.addCollectiveVariable("v", inner)
+        else:
+            force = openmm.ATMForce("u0+scale*u1")
+            force.addGlobalParameter("scale", 0.5)
+            force.addForce(inner)
+            for _ in range(4):
+                force.addParticle(openmm.Vec3(0.1, 0, 0))
+        system, x = system_with(force)
+        potential = mdgraft.graft(system)
+        assert potential.routes[kind] == "host"
+
+        def expected(y):
+            springs = Springs()(y, torch.tensor(3.0))
+            if kind == "CustomCVForce":
+                return 0.5 * springs**2
+            return springs + 0.5 * Springs()(y + torch.tensor([0.1, 0, 0]), torch.tensor(3.0))
+
+        energy = potential.energy_by_term(x)[kind]
+        torch.testing.assert_close(energy, expected(x), rtol=1e-6, atol=0)
+        found = torch.func.grad(lambda y: potential.energy_by_term(y)[kind])(x)
+        truth = torch.func.grad(expected)(x)
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-5 * truth.abs().max().item())

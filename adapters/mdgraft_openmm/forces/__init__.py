@@ -35,37 +35,44 @@ from mdgraft_openmm.forces.rb_torsion import RBTorsionConverter
 from mdgraft_openmm.forces.rg import RGConverter
 from mdgraft_openmm.forces.rmsd import RMSDConverter
 
+# By name, since older versions of OpenMM lack some of the classes.
+_CONVERTERS: dict[str, AbstractConverter] = {
+    "ATMForce": ATMConverter(),
+    "AmoebaTorsionTorsionForce": AmoebaTorsionTorsionConverter(),
+    "AmoebaVdwForce": AmoebaVdwConverter(),
+    "AmoebaWcaDispersionForce": AmoebaWcaDispersionConverter(),
+    "CMAPTorsionForce": CMAPTorsionConverter(),
+    "ConstantPotentialForce": ConstantPotentialConverter(),
+    "CustomAngleForce": CustomAngleConverter(),
+    "CustomBondForce": CustomBondConverter(),
+    "CustomCVForce": CustomCVConverter(),
+    "CustomCentroidBondForce": CustomCentroidBondConverter(),
+    "CustomCompoundBondForce": CustomCompoundBondConverter(),
+    "CustomExternalForce": CustomExternalConverter(),
+    "CustomGBForce": CustomGBConverter(),
+    "CustomHbondForce": CustomHbondConverter(),
+    "CustomManyParticleForce": CustomManyParticleConverter(),
+    "CustomNonbondedForce": CustomNonbondedConverter(),
+    "CustomTorsionForce": CustomTorsionConverter(),
+    "CustomVolumeForce": CustomVolumeConverter(),
+    "DrudeForce": DrudeConverter(),
+    "GBSAOBCForce": GBSAOBCConverter(),
+    "HarmonicAngleForce": HarmonicAngleConverter(),
+    "HarmonicBondForce": HarmonicBondConverter(),
+    "LCPOForce": LCPOConverter(),
+    "NonbondedForce": NonbondedConverter(),
+    "OrientationRestraintForce": OrientationRestraintConverter(),
+    "PeriodicTorsionForce": PeriodicTorsionConverter(),
+    "RBTorsionForce": RBTorsionConverter(),
+    "RGForce": RGConverter(),
+    "RMSDForce": RMSDConverter(),
+}
+
 #: Converters of the Force classes that have a native torch form.
 CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
-    openmm.ATMForce: ATMConverter(),
-    openmm.AmoebaTorsionTorsionForce: AmoebaTorsionTorsionConverter(),
-    openmm.AmoebaVdwForce: AmoebaVdwConverter(),
-    openmm.AmoebaWcaDispersionForce: AmoebaWcaDispersionConverter(),
-    openmm.CMAPTorsionForce: CMAPTorsionConverter(),
-    openmm.ConstantPotentialForce: ConstantPotentialConverter(),
-    openmm.CustomAngleForce: CustomAngleConverter(),
-    openmm.CustomBondForce: CustomBondConverter(),
-    openmm.CustomCVForce: CustomCVConverter(),
-    openmm.CustomCentroidBondForce: CustomCentroidBondConverter(),
-    openmm.CustomCompoundBondForce: CustomCompoundBondConverter(),
-    openmm.CustomExternalForce: CustomExternalConverter(),
-    openmm.CustomGBForce: CustomGBConverter(),
-    openmm.CustomHbondForce: CustomHbondConverter(),
-    openmm.CustomManyParticleForce: CustomManyParticleConverter(),
-    openmm.CustomNonbondedForce: CustomNonbondedConverter(),
-    openmm.CustomTorsionForce: CustomTorsionConverter(),
-    openmm.CustomVolumeForce: CustomVolumeConverter(),
-    openmm.DrudeForce: DrudeConverter(),
-    openmm.GBSAOBCForce: GBSAOBCConverter(),
-    openmm.HarmonicAngleForce: HarmonicAngleConverter(),
-    openmm.HarmonicBondForce: HarmonicBondConverter(),
-    openmm.LCPOForce: LCPOConverter(),
-    openmm.NonbondedForce: NonbondedConverter(),
-    openmm.OrientationRestraintForce: OrientationRestraintConverter(),
-    openmm.PeriodicTorsionForce: PeriodicTorsionConverter(),
-    openmm.RBTorsionForce: RBTorsionConverter(),
-    openmm.RGForce: RGConverter(),
-    openmm.RMSDForce: RMSDConverter(),
+    getattr(openmm, name): converter
+    for name, converter in _CONVERTERS.items()
+    if hasattr(openmm, name)
 }
 
 #: Forces that change positions, velocities or the box but add no energy.

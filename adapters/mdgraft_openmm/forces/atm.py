@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError
+from mdgraft import InvalidInputError, UnsupportedForceError
 from mdgraft.potentials.alchemical_transfer import AlchemicalTransfer
 
 from mdgraft_openmm._converter import (
@@ -18,6 +18,7 @@ from mdgraft_openmm._converter import (
     declared_globals,
     set_declared_global,
 )
+from mdgraft_openmm._copies import foreign_classes
 from mdgraft_openmm.forces import _nested
 from mdgraft_openmm.forces._custom import global_names
 
@@ -33,6 +34,11 @@ class ATMConverter(AbstractConverter):
         if force.getNumParticles() != n:
             raise InvalidInputError(
                 f"{name}: has {force.getNumParticles()} particles, the System {n}"
+            )
+        foreign = foreign_classes(force)
+        if foreign:
+            raise UnsupportedForceError(
+                f"{name}: no native torch form for {', '.join(foreign)} inside it"
             )
         fixed, destinations, origins = _transformations(force)
         if destinations.max(initial=-1) >= n or origins.max(initial=-1) >= n:
