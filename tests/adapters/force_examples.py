@@ -247,14 +247,10 @@ def drude():
 
 def gay_berne():
     rng, force = _rng(), _periodic(openmm.GayBerneForce())
-    for i in range(N):
-        x = i + 1 if i % 3 == 0 else -1
-        sizes, wells = rng.uniform(0.1, 0.2, size=3), rng.uniform(0.7, 1.3, size=3)
-        if x < 0:
-            sizes[:], wells[:] = sizes[0], 1.0
-        else:
-            sizes[1:], wells[1:] = sizes[1], wells[1]
-        force.addParticle(rng.uniform(0.2, 0.3), rng.uniform(0.3, 1), x, -1, *sizes, *wells)
+    for _ in range(N):
+        # Spheres: OpenMM's forces on others are not the gradient of its energy.
+        size = 3 * [rng.uniform(0.1, 0.2)]
+        force.addParticle(rng.uniform(0.2, 0.3), rng.uniform(0.3, 1), -1, -1, *size, 1, 1, 1)
     force.addException(0, 1, 0.25, 0.0)
     force.addException(3, 4, 0.25, 0.6)
     return force

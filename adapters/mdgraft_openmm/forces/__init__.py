@@ -24,6 +24,7 @@ from mdgraft_openmm.forces.custom_nonbonded import CustomNonbondedConverter
 from mdgraft_openmm.forces.custom_torsion import CustomTorsionConverter
 from mdgraft_openmm.forces.custom_volume import CustomVolumeConverter
 from mdgraft_openmm.forces.drude import DrudeConverter
+from mdgraft_openmm.forces.gay_berne import GayBerneConverter
 from mdgraft_openmm.forces.gbsa_obc import GBSAOBCConverter
 from mdgraft_openmm.forces.harmonic_angle import HarmonicAngleConverter
 from mdgraft_openmm.forces.harmonic_bond import HarmonicBondConverter
@@ -57,6 +58,7 @@ _CONVERTERS: dict[str, AbstractConverter] = {
     "CustomVolumeForce": CustomVolumeConverter(),
     "DrudeForce": DrudeConverter(),
     "GBSAOBCForce": GBSAOBCConverter(),
+    "GayBerneForce": GayBerneConverter(),
     "HarmonicAngleForce": HarmonicAngleConverter(),
     "HarmonicBondForce": HarmonicBondConverter(),
     "LCPOForce": LCPOConverter(),
