@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError, MissingBoxError
+from mdgraft import InvalidInputError, MissingBoxError, UnsupportedDerivativeError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
 from mdgraft_openmm._converter import AbstractConverter, number
@@ -161,6 +161,12 @@ class ForceEngine:
             stencil = FOUR_POINTS
             if not self._allowed(arrays, k, entry, -2 * step):
                 stencil = _FIVE_POINTS
+                if not self._allowed(arrays, k, entry, 4 * step):
+                    raise UnsupportedDerivativeError(
+                        f"{self._force.getName()}.{name}: OpenMM accepts no other value of entry "
+                        f"{list(entry)} alone, so that there is no difference to take; freeze it, or "
+                        "use the native route"
+                    )
             elif not self._allowed(arrays, k, entry, 2 * step):
                 step, stencil = -step, _FIVE_POINTS
             for t, weight in stencil:

@@ -104,6 +104,16 @@ def reference_context(system):
     return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
 
 
+def test_host_route():
+    """Where OpenMM accepts no change of one entry there is no difference to take."""
+    system, positions = ellipsoids()
+    potential = mdgraft.graft(system, route="host")
+    energy = potential(torch.tensor(positions))
+    torch.testing.assert_close(energy, mdgraft.graft(system)(torch.tensor(positions)))
+    with pytest.raises(mdgraft.UnsupportedDerivativeError, match="freeze it"):
+        torch.autograd.grad(energy, potential.get_parameter("GayBerneForce.sy"))
+
+
 def test_write_back():
     system, positions = ellipsoids(method="CutoffPeriodic", switch=0.5)
     context = reference_context(system)
