@@ -164,8 +164,8 @@ class ForceEngine:
                 if not self._allowed(arrays, k, entry, 4 * step):
                     raise UnsupportedDerivativeError(
                         f"{self._force.getName()}.{name}: OpenMM accepts no other value of entry "
-                        f"{list(entry)} alone, so that there is no difference to take; freeze it, or "
-                        "use the native route"
+                        f"{list(entry)} alone, so that there is no difference to take; freeze it, "
+                        "or use the native route"
                     )
             elif not self._allowed(arrays, k, entry, 2 * step):
                 step, stencil = -step, _FIVE_POINTS

@@ -11,7 +11,7 @@ from mdgraft.kernels import special
 from mdgraft.kernels.observe import observe
 from mdgraft.kernels.pairs import all_pairs, exclusion_keys, neighbor_pairs
 from mdgraft.kernels.periodic import minimum_image, reciprocal, volume
-from mdgraft.kernels.pme import _moduli, _spline
+from mdgraft.kernels.pme import moduli, spline
 
 NO_EXCLUSIONS = torch.empty(0, dtype=torch.long)
 
@@ -177,7 +177,7 @@ class TestSpecialFunctions:
 
 def test_splines_partition_unity_and_reproduce_a_line():
     w = torch.linspace(0, 1, 11, dtype=torch.float64)
-    weights = _spline(w)
+    weights = spline(w)
     torch.testing.assert_close(weights.sum(-1), torch.ones(11, dtype=torch.float64))
     knots = torch.arange(5, dtype=torch.float64)
     torch.testing.assert_close((weights * knots).sum(-1), w + 1.5)
@@ -190,5 +190,5 @@ def test_spline_moduli(n):
     sums = sum(v * np.exp(2j * math.pi * frequencies * k / n) for k, v in values.items())
     expected = np.abs(sums) ** 2
     regular = expected > 1e-7
-    np.testing.assert_allclose(_moduli(n)[regular], expected[regular], rtol=1e-12)
-    assert (_moduli(n) > 1e-7).all()
+    np.testing.assert_allclose(moduli(n)[regular], expected[regular], rtol=1e-12)
+    assert (moduli(n) > 1e-7).all()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numpy as np
 import openmm
 import torch
@@ -23,6 +20,7 @@ from mdgraft_openmm._converter import (
     column,
     number,
 )
+from mdgraft_openmm._mesh import mesh_parameters
 
 
 class ConstantPotentialConverter(AbstractConverter):
@@ -151,38 +149,10 @@ def _electrodes(force: openmm.ConstantPotentialForce, host: Host) -> Electrodes:
 
 
 def _settings(force: openmm.ConstantPotentialForce, host: Host) -> ConstantPotentialSettings:
-    """Cutoff and mesh: the Context's own, those set by the user, or from the tolerance.
-
-    The rule is that of NonbondedForce: alpha = sqrt(-ln 2 tol)/cutoff and 2 alpha L/(3 tol^(1/5))
-    grid points, at least 6.
-    """
-    cutoff = number(force.getCutoffDistance())
-    vectors = host.system.getDefaultPeriodicBoxVectors()
-    lengths = [number(vectors[d][d]) for d in range(3)]
-    if not 0 < cutoff <= 0.5 * min(lengths):
-        raise InvalidInputError(
-            f"{force.getName()}: has a cutoff of {cutoff:g} nm, which must be positive and at most "
-            f"half of the shortest default box length, {min(lengths):g} nm"
-        )
-    parameters: list[Any]
-    if host.context is not None:
-        parameters = list(force.getPMEParametersInContext(host.context))
-    else:
-        parameters = list(force.getPMEParameters())
-    alpha = number(parameters[0])
-    grid = [int(points) for points in parameters[1:]]
-    if alpha == 0:
-        tolerance = force.getEwaldErrorTolerance()
-        if not 0 < tolerance < 0.5:
-            raise InvalidInputError(
-                f"{force.getName()}: has an Ewald error tolerance of {tolerance:g}, which must lie "
-                "between 0 and 0.5"
-            )
-        alpha = math.sqrt(-math.log(2 * tolerance)) / cutoff
-        grid = [max(6, math.ceil(2 * alpha * x / (3 * tolerance**0.2))) for x in lengths]
+    alpha, grid = mesh_parameters(force, host)
     return ConstantPotentialSettings(
-        cutoff=cutoff,
+        cutoff=number(force.getCutoffDistance()),
         alpha=alpha,
-        grid=(grid[0], grid[1], grid[2]),
+        grid=grid,
         exceptions_periodic=bool(force.getExceptionsUsePeriodicBoundaryConditions()),
     )

@@ -19,6 +19,7 @@ from mdgraft_openmm._converter import (
     global_key,
     number,
 )
+from mdgraft_openmm._mesh import box_lengths, mesh_parameters
 
 _METHODS = {
     openmm.NonbondedForce.NoCutoff: Method.NO_CUTOFF,
@@ -213,17 +214,12 @@ def _settings(force: openmm.NonbondedForce, host: Host) -> NonbondedSettings:
     if method is Method.EWALD:
         alpha, kmax = _ewald_parameters(force, host)
         return dataclasses.replace(settings, alpha=alpha, kmax=kmax)
-    alpha, grid = _pme_parameters(force, host, dispersion=False)
+    alpha, grid = mesh_parameters(force, host)
     settings = dataclasses.replace(settings, alpha=alpha, grid=grid)
     if method is Method.LJPME:
-        alpha, grid = _pme_parameters(force, host, dispersion=True)
+        alpha, grid = mesh_parameters(force, host, "LJPME")
         settings = dataclasses.replace(settings, dispersion_alpha=alpha, dispersion_grid=grid)
     return settings
-
-
-def _box_lengths(host: Host) -> tuple[float, float, float]:
-    vectors = host.system.getDefaultPeriodicBoxVectors()
-    return number(vectors[0][0]), number(vectors[1][1]), number(vectors[2][2])
 
 
 def _ewald_parameters(
@@ -242,7 +238,7 @@ def _ewald_parameters(
         return 0.05 * math.sqrt(length * alpha) * k * math.exp(-x * x) - float(tolerance)
 
     counts = []
-    for length in _box_lengths(host):
+    for length in box_lengths(host):
         k = 10
         if excess(k, length) < 0:
             while k > 0 and excess(k, length) < 0:
@@ -253,34 +249,3 @@ def _ewald_parameters(
                 k += 1
         counts.append(k + 1 if k % 2 == 0 else k)
     return alpha, (counts[0], counts[1], counts[2])
-
-
-def _pme_parameters(
-    force: openmm.NonbondedForce, host: Host, *, dispersion: bool
-) -> tuple[float, tuple[int, int, int]]:
-    """Alpha and grid: the Context's own, those set by the user, or from the tolerance.
-
-    From the tolerance: alpha = sqrt(-ln 2 tol) / cutoff and 2 alpha L / (3 tol^(1/5)) grid points
-    (half as many for dispersion), at least 6.
-    """
-    if host.context is not None:
-        get = force.getLJPMEParametersInContext if dispersion else force.getPMEParametersInContext
-        if host.context.getPlatform().getName() == "CPU":
-            # This platform settles its mesh when it first computes an energy, and not before.
-            try:
-                host.context.getState(energy=True)
-            except openmm.OpenMMException as error:
-                raise InvalidInputError(
-                    f"host_object: the Context cannot compute its mesh parameters yet ({error}); "
-                    "set its positions first, or graft its System"
-                ) from error
-        alpha, *grid = get(host.context)
-        return number(alpha), (int(grid[0]), int(grid[1]), int(grid[2]))
-    alpha, *grid = force.getLJPMEParameters() if dispersion else force.getPMEParameters()
-    alpha = number(alpha)
-    if alpha == 0:
-        tolerance = force.getEwaldErrorTolerance()
-        alpha = math.sqrt(-math.log(2 * tolerance)) / _cutoff(force)
-        density = (1 if dispersion else 2) * alpha / (3 * tolerance**0.2)
-        grid = [max(6, math.ceil(density * length)) for length in _box_lengths(host)]
-    return alpha, (int(grid[0]), int(grid[1]), int(grid[2]))

@@ -47,17 +47,17 @@ class Pairs:
         return minimum_image(vectors, cell)
 
     def at(self, quantity: Tensor, particles: Tensor) -> Tensor:
-        """A quantity ``(frames, N)`` of one particle of each pair, shaped like its distances."""
+        """A quantity ``(frames, N, ...)`` of one particle of each pair, in the pairs' order."""
         if self.frame is None:
             return quantity[:, particles]
         return quantity[self.frame, particles]
 
     def add_at(self, total: Tensor, particles: Tensor, contributions: Tensor) -> Tensor:
-        """Add what pairs contribute to one of their particles to ``total`` ``(frames, N)``."""
+        """Add what pairs contribute to one of their particles to ``total`` ``(frames, N, ...)``."""
         if self.frame is None:
             return total.index_add(1, particles, contributions)
         n = total.shape[1]
-        flat = total.reshape(-1).index_add(0, self.frame * n + particles, contributions)
+        flat = total.flatten(0, 1).index_add(0, self.frame * n + particles, contributions)
         return flat.reshape(total.shape)
 
     def sum(self, energies: Tensor, n_frames: int) -> Tensor:
