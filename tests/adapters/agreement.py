@@ -26,6 +26,7 @@ def assert_agrees(
     rtol=1e-9,
     second_rtol=1e-6,
     force_rtol=None,
+    parameter_rtol=1e-6,
     seed=0,
     **options,
 ):
@@ -50,7 +51,7 @@ def assert_agrees(
         functions,
         comparable=~sites,
         gradients=gradients,
-        tolerances=Tolerances(energy=rtol, forces=force_rtol or rtol),
+        tolerances=Tolerances(energy=rtol, forces=force_rtol or rtol, parameters=parameter_rtol),
         seed=seed,
     )
     x = torch.tensor(host.positions)
