@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError
+from mdgraft import InvalidInputError, UnsupportedForceError
 from mdgraft.potentials.amoeba.frames import Axes, LocalAxes
 from mdgraft.potentials.amoeba.multipole import (
     Multipoles,
@@ -49,6 +49,10 @@ class AmoebaMultipoleConverter(AbstractConverter):
             raise InvalidInputError(
                 f"{name}: has {force.getNumMultipoles()} multipoles, the System {n} particles"
             )
+        if any(
+            isinstance(f, openmm.AmoebaGeneralizedKirkwoodForce) for f in host.system.getForces()
+        ):
+            raise UnsupportedForceError(f"{name}: no native torch form in an implicit solvent")
         rows = [force.getMultipoleParameters(i) for i in range(n)]
         dipole = [[number(x) for x in row[1]] for row in rows]
         quadrupole = [[number(x) for x in row[2]] for row in rows]
@@ -152,11 +156,7 @@ def _scaled(force: openmm.AmoebaMultipoleForce, n: int) -> ScaledPairs:
 
 def _settings(force: openmm.AmoebaMultipoleForce, host: Host) -> MultipoleSettings:
     kind = _POLARIZATION[force.getPolarizationType()]
-    # With an implicit solvent OpenMM computes without a cutoff, whatever the method.
-    solvated = any(
-        isinstance(f, openmm.AmoebaGeneralizedKirkwoodForce) for f in host.system.getForces()
-    )
-    ewald = force.getNonbondedMethod() == force.PME and not solvated
+    ewald = force.getNonbondedMethod() == force.PME
     alpha, grid = mesh_parameters(force, host) if ewald else (None, None)
     return MultipoleSettings(
         polarization=kind,
