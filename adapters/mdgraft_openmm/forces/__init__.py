@@ -29,6 +29,7 @@ from mdgraft_openmm.forces.gay_berne import GayBerneConverter
 from mdgraft_openmm.forces.gbsa_obc import GBSAOBCConverter
 from mdgraft_openmm.forces.harmonic_angle import HarmonicAngleConverter
 from mdgraft_openmm.forces.harmonic_bond import HarmonicBondConverter
+from mdgraft_openmm.forces.hippo_nonbonded import HippoNonbondedConverter
 from mdgraft_openmm.forces.lcpo import LCPOConverter
 from mdgraft_openmm.forces.nonbonded import NonbondedConverter
 from mdgraft_openmm.forces.orientation_restraint import OrientationRestraintConverter
@@ -63,6 +64,7 @@ _CONVERTERS: dict[str, AbstractConverter] = {
     "GayBerneForce": GayBerneConverter(),
     "HarmonicAngleForce": HarmonicAngleConverter(),
     "HarmonicBondForce": HarmonicBondConverter(),
+    "HippoNonbondedForce": HippoNonbondedConverter(),
     "LCPOForce": LCPOConverter(),
     "NonbondedForce": NonbondedConverter(),
     "OrientationRestraintForce": OrientationRestraintConverter(),

@@ -70,6 +70,12 @@ def multipole_energy(i: Moments, j: Moments, r: Tensor, k: Radial) -> Tensor:
     return energy + k[4] * rri * rrj
 
 
+def multipole_potential(source: Moments, r: Tensor, k: Radial) -> Tensor:
+    """Potential of a multipole at ``r`` from it; ``k`` begins with the factor of 1/r."""
+    q = _times(source.quadrupole, r)
+    return k[0] * source.charge + k[1] * _dot(source.dipole, r) + k[2] * _dot(q, r)
+
+
 def multipole_field(source: Moments, r: Tensor, k: Radial) -> Tensor:
     """Field of a multipole at ``r`` from it; ``k`` begins with the factor of 1/r^3."""
     q = _times(source.quadrupole, r)
