@@ -132,6 +132,9 @@ class Potential(nn.Module):
             term = self.term(name)
             own = {key: values[f"{name}.{key}"] for key in term.parameter_values()}
             energy = term(frames, cells if term.periodic else None, own, global_values)
+            # What a term happens not to use has zero derivatives, not missing ones.
+            for value in (*own.values(), *global_values.values()):
+                energy = energy + 0.0 * value.reshape(-1)[:1].sum()
             energies[name] = energy.reshape(leading)
         return energies
 
