@@ -25,7 +25,7 @@ from mdgraft.testing import (
 from mdgraft_openmm._adapter import energy_forces
 from mdgraft_openmm._converter import number
 from mdgraft_openmm._copies import faithful_copy
-from mdgraft_openmm._known import remarks
+from mdgraft_openmm._known import precision, remarks
 from mdgraft_openmm._placement import generate_positions
 from mdgraft_openmm.files import check_box, read_positions, read_system
 from mdgraft_openmm.write import write_parameters
@@ -128,7 +128,7 @@ def check(
     BoxTooSmallError
         If a cutoff exceeds half of the box.
     UnsupportedForceError
-        If forces have no native torch form; it lists all of them.
+        If the file holds forces of plug-ins, which it lists.
     UntrustedInputError
         If loading would run code and ``trust`` is false.
     """
@@ -167,6 +167,7 @@ def check(
             energies=host.energies,
             forces=host.forces,
             parameter_energies=host.parameter_energies,
+            precision=precision(system),
         ),
         comparable=~sites,
         gradients=gradients,
@@ -184,7 +185,7 @@ def check(
         comparisons=rows,
         tolerances=judge,
         seed=seed,
-        remarks=remarks(system, box) if potential.periodic else [],
+        remarks=remarks(system, box),
         versions={
             "mdgraft": mdgraft.__version__,
             "openmm": openmm.__version__,
@@ -312,6 +313,10 @@ def _with_groups(system: openmm.System, names: Sequence[str]) -> openmm.System:
     copied = faithful_copy(system)
     for force in copied.getForces():
         force.setForceGroup(_PER_CONTEXT)
+        if isinstance(force, openmm.AmoebaMultipoleForce):
+            # As the graft has them, whatever the System says.
+            force.setMutualInducedTargetEpsilon(min(force.getMutualInducedTargetEpsilon(), 1e-8))
+            force.setMutualInducedMaxIterations(max(force.getMutualInducedMaxIterations(), 500))
         if isinstance(force, openmm.NonbondedForce):
             force.setReciprocalSpaceForceGroup(-1)
     forces = energy_forces(copied)

@@ -256,8 +256,8 @@ def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> A
 def _foreign(argument: str, path: str | Path, kinds: list[str]) -> UnsupportedForceError:
     return UnsupportedForceError(
         f"{argument}: {path} holds {', '.join(kinds)}, which OpenMM {openmm.__version__} does not "
-        "have itself and which has no native torch form; remove it from the System, or evaluate "
-        "it in a Context of its own"
+        "have itself; files with forces of plug-ins are not read. Graft the System in Python "
+        "instead, where OpenMM evaluates such forces, or remove them from the file"
     )
 
 

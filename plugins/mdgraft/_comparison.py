@@ -42,11 +42,15 @@ class HostFunctions:
         Energies [kJ/mol] of the terms named, at the positions and box of the check, after the
         parameters of the potential were written into the host. NaN where the host refuses them.
         None if the host cannot take over parameters.
+    precision
+        Relative precision of terms that the host computes coarsely, by name: nothing finer is
+        asked of them.
     """
 
     energies: Callable[[np.ndarray, np.ndarray | None, Sequence[str]], Mapping[str, float]]
     forces: Callable[[np.ndarray, np.ndarray | None, Sequence[str]], Mapping[str, np.ndarray]]
     parameter_energies: Callable[[Potential, Sequence[str]], Mapping[str, float]] | None = None
+    precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,12 @@ class Tolerances:
     forces: float = 1e-9
     box: float = 1e-6
     parameters: float = 1e-6
+
+    def at_least(self, precision: Mapping[str, float], terms: Sequence[str]) -> Tolerances:
+        """The same, but nowhere below the precision with which a host computes the terms."""
+        least = max((precision.get(name, 0.0) for name in terms), default=0.0)
+        changed = {f.name: max(getattr(self, f.name), least) for f in dataclasses.fields(self)}
+        return Tolerances(**changed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,12 +231,13 @@ def _energies_and_forces(
     rows: list[Comparison] = []
     scales: list[float] = []
     for name, e_host, e_graft, f_host, f_graft in parts:
+        own = judge.at_least(host.precision, names if name == "total" else [name])
         f_host, f_graft = f_host[keep], f_graft[keep]
         # A term at rest is measured against what it would be a little away from there.
         scale = max(abs(e_host), _LENGTH * float(np.linalg.norm(f_host, axis=1).sum()), 1e-3)
         scale = sum(scales) if name == "total" and scales else scale
         scales.append(scale)
-        rows.append(_exact(name, "energy", "", e_host, e_graft, scale, judge.energy))
+        rows.append(_exact(name, "energy", "", e_host, e_graft, scale, own.energy))
         spread = _rms(f_graft - f_host)
         size = max(_rms(f_host), 1.0)
         rows.append(
@@ -238,9 +249,9 @@ def _energies_and_forces(
                 graft=_rms(f_graft),
                 difference=float(np.abs(f_graft - f_host).max(initial=0.0)),
                 relative=spread / size,
-                tolerance=judge.forces,
+                tolerance=own.forces,
                 uncertainty=0.0,
-                status=AGREES if spread <= judge.forces * size else DIFFERS,
+                status=AGREES if spread <= own.forces * size else DIFFERS,
             )
         )
     return rows
@@ -275,10 +286,11 @@ def _box(
     ]
     rows = []
     for column, name in enumerate(names):
+        own = judge.at_least(host.precision, [name])
         # A host may refuse some boxes to some terms, such as skewed ones to plain Ewald sums.
         answered = np.array([np.isfinite(s.error[column]) for s in steps])
         if not answered.any():
-            rows.append(_skipped(name, "box", "the host refuses every other box", judge.box))
+            rows.append(_skipped(name, "box", "the host refuses every other box", own.box))
             continue
         truth = np.array([s.value[column] for s in steps])[answered]
         error = float(np.linalg.norm(np.array([s.error[column] for s in steps])[answered]))
@@ -300,7 +312,7 @@ def _box(
                 float(np.linalg.norm(difference)),
                 error,
                 max(float(np.linalg.norm(truth)), float(np.linalg.norm(ours))),
-                judge.box,
+                own.box,
             )
         )
     return rows
@@ -319,6 +331,7 @@ def _parameter(
     """Compare one parameter family along a random direction and for single entries."""
     write = host.parameter_energies
     assert write is not None
+    judge = judge.at_least(host.precision, terms)
     moved = copy.deepcopy(potential)
     parameter = dict(moved.named_parameters())[name]
     base = parameter.detach().clone()

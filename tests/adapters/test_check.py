@@ -257,12 +257,42 @@ def test_a_nan_never_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found["comparisons"][0]["graft"] is None
 
 
-def test_unsupported_forces_are_listed(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="came with OpenMM 8.5")
+def test_forces_without_a_native_form(tmp_path: Path) -> None:
+    """OpenMM evaluates them on both sides."""
     system = new_system()
-    system.addForce(openmm.CustomExternalForce("x^2"))
-    system.addForce(openmm.GBSAOBCForce())
-    with pytest.raises(UnsupportedForceError, match=r"CustomExternalForce.*GBSAOBCForce"):
-        check(save(tmp_path, system))
+    bonds(system)
+    system.addForce(openmm.PythonForce(quartic, {"k": 2.5}))
+    path = save(tmp_path, system)
+    with pytest.raises(UntrustedInputError, match="PythonForce"):
+        check(path)
+    report = check(path, trust=True, gradients=True)
+    assert report.agrees
+    assert report.routes == {"HarmonicBondForce": "native", "PythonForce": "host"}
+
+
+def quartic(state: Any) -> Any:
+    """At module level, so that it can be pickled."""
+    k, x = state.getParameters()["k"], state.getPositions(asNumpy=True)._value
+    return k * np.sum(x**4), -4 * k * x**3
+
+
+def test_what_openmm_computes_in_single_precision(tmp_path: Path) -> None:
+    """Its tails of custom forces are good to 1e-6, which is no fault of the graft."""
+    system = new_system()
+    system.setDefaultPeriodicBoxVectors([2, 0, 0], [0, 2, 0], [0, 0, 2])
+    force = openmm.CustomNonbondedForce("e*((s/r)^12-(s/r)^6); e=sqrt(e1*e2); s=0.5*(s1+s2)")
+    force.setNonbondedMethod(force.CutoffPeriodic)
+    force.setCutoffDistance(0.7)
+    force.setUseLongRangeCorrection(True)
+    for name in ("s", "e"):
+        force.addPerParticleParameter(name)
+    for i in range(N):
+        force.addParticle([0.2 + 0.01 * i, 0.5])
+    system.addForce(force)
+    report = check(save(tmp_path, system))
+    assert report.agrees
+    assert any("computes it to about 1e-06 only" in remark for remark in report.remarks)
 
 
 def test_a_torch_force_is_listed(tmp_path: Path) -> None:
@@ -286,9 +316,8 @@ def test_a_loaded_torch_force_is_listed(tmp_path: Path) -> None:
     system = new_system()
     bonds(system)
     system.addForce(openmmtorch.TorchForce(str(tmp_path / "energy.pt")))
-    with pytest.raises(UnsupportedForceError, match="TorchForce"):
-        mdgraft.graft(system)
-    with pytest.raises(UnsupportedForceError, match="TorchForce"):
+    assert mdgraft.graft(system).routes["TorchForce"] == "host"
+    with pytest.raises(UnsupportedForceError, match="TorchForce.*Graft the System in Python"):
         check(save(tmp_path, system))
 
 

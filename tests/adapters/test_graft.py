@@ -118,17 +118,25 @@ def test_forces_without_energy_are_accepted():
     assert mdgraft.graft(system).term_names == ("NonbondedForce",)
 
 
-def test_unsupported_forces_are_listed_together():
+@pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="came with OpenMM 8.5")
+def test_forces_without_a_native_form_are_listed_together():
     system = charged()
-    bias = openmm.CustomExternalForce("x^2")
-    bias.setName("wall")
-    system.addForce(bias)
-    system.addForce(openmm.GBSAOBCForce())
+    for name in ("wall", "PythonForce"):
+        force = openmm.PythonForce(lambda state: (0.0, np.zeros((3, 3))))
+        force.setName(name)
+        system.addForce(force)
+    assert mdgraft.graft(system).routes["wall"] == "host"
     with pytest.raises(
         mdgraft.UnsupportedForceError,
-        match=r"wall \(CustomExternalForce\), GBSAOBCForce \(GBSAOBCForce\).*Native are CMAP"
-        r".*removeForce.*Context of their own",
+        match=r"wall \(PythonForce\), PythonForce \(PythonForce\); leave the route to 'auto'",
     ):
+        mdgraft.graft(system, route="native")
+
+
+def test_what_openmm_refuses():
+    system = charged()
+    system.addForce(openmm.GBSAOBCForce())
+    with pytest.raises(mdgraft.InvalidInputError, match="GBSAOBCForce: has 0 particles"):
         mdgraft.graft(system)
 
 
