@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,10 @@ class AbstractConverter(abc.ABC):
     def global_defaults(self, force: Any) -> dict[str, float]:
         """Declared defaults of the global parameters that the force adds to a Context."""
         return declared_globals(force)
+
+    def settable_globals(self, force: Any) -> Collection[str]:
+        """Names of the global parameters whose default `set_global_default` can declare anew."""
+        return self.global_defaults(force).keys()
 
     def set_global_default(self, force: Any, name: str, value: float) -> None:
         """Declare a new default of a global parameter, if the force has it."""

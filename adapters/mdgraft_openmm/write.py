@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -180,9 +180,9 @@ def _check_settable(
             )
 
 
-def _settable(force: openmm.Force) -> dict[str, float]:
+def _settable(force: openmm.Force) -> Collection[str]:
     converter = CONVERTERS.get(type(force))
-    return converter.global_defaults(force) if converter else declared_globals(force)
+    return converter.settable_globals(force) if converter else declared_globals(force)
 
 
 def _set_default(forces: Mapping[str, openmm.Force], name: str, value: float) -> None:

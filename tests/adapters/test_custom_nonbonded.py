@@ -459,3 +459,29 @@ def test_all_pairs_of_a_large_open_system_fit():
     groups = [(np.array([0, 1]), np.array([1, 2, n - 1]))]
     few = CustomNonbonded("q1*q2/r", {"q": q}, method=Method.NO_CUTOFF, groups=groups, **options)
     assert few.group_first.shape == (5,)
+
+
+@pytest.mark.parametrize("kind", ["CustomNonbondedForce", "CustomGBForce"])
+def test_periodic_tables_must_close(kind):
+    """Given others, OpenMM keeps no kernel, and ends the process at the next update."""
+    system = openmm.System()
+    if kind == "CustomGBForce":
+        force = openmm.CustomGBForce()
+        force.addComputedValue("v", "f(r)", force.ParticlePair)
+        force.addEnergyTerm("v", force.SingleParticle)
+    else:
+        force = openmm.CustomNonbondedForce("f(r)")
+    force.addTabulatedFunction("f", openmm.Continuous1DFunction([1.0, 2.0, 3.0, 1.0], 0, 1, True))
+    for _ in range(2):
+        system.addParticle(1.0)
+        force.addParticle([])
+    system.addForce(force)
+    potential = mdgraft.graft(system)
+    with torch.no_grad():
+        potential.get_parameter(f"{kind}.f")[-1] = 1.5
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    for target in (system, context):
+        with pytest.raises(mdgraft.ParameterMismatchError, match="must be equal along every axis"):
+            mdgraft_openmm.write_parameters(potential, target)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError, ParameterMismatchError
+from mdgraft import InvalidInputError
 from mdgraft.potentials.amoeba.vdw import (
     EPSILON_RULES,
     LAMBDA,
@@ -127,13 +128,12 @@ class AmoebaVdwConverter(AbstractConverter):
         """The scale of alchemical interactions, which every such force adds to a Context."""
         return {LAMBDA: 1.0}
 
+    def settable_globals(self, force: Any) -> Collection[str]:
+        """None: OpenMM has no setter, and always declares 1."""
+        return ()
+
     def set_global_default(self, force: Any, name: str, value: float) -> None:
-        """Raise for a default other than one: OpenMM has no setter."""
-        if name == LAMBDA and value != 1.0:
-            raise ParameterMismatchError(
-                f"globals.{LAMBDA}: is {value:g}, but {force.getName()} always declares 1; write "
-                "into a Context instead of a System"
-            )
+        """Nothing to set."""
 
 
 def _settings(force: openmm.AmoebaVdwForce, host: Host) -> AmoebaVdwSettings:

@@ -8,7 +8,7 @@ from mdgraft.potentials.custom.gb import Computation, CustomGB, Step
 from mdgraft.potentials.nonbonded import Method
 
 from mdgraft_openmm._converter import AbstractConverter, Host, Values
-from mdgraft_openmm.forces._custom import global_names, tables
+from mdgraft_openmm.forces._custom import global_names, item_names, refused_tables, tables
 from mdgraft_openmm.forces.custom_nonbonded import (
     checked_cutoff,
     checked_exclusions,
@@ -64,6 +64,10 @@ class CustomGBConverter(AbstractConverter):
             tables=tables(force),
             where=force.getName(),
         )
+
+    def refused(self, values: Values, force: openmm.CustomGBForce) -> str | None:
+        """Find periodic tables whose ends differ."""
+        return refused_tables(force, values, item_names(force, "Particle"))
 
     def write(self, values: Values, force: openmm.CustomGBForce) -> None:
         """Set particles and tables."""

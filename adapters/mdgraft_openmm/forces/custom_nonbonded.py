@@ -26,6 +26,7 @@ from mdgraft_openmm.forces._custom import (
     item_names,
     item_parameters,
     item_rows,
+    refused_tables,
     tables,
     write_tables,
 )
@@ -92,7 +93,7 @@ class CustomNonbondedConverter(AbstractConverter):
         key = _switching_key(force)
         if key in values and not 0 <= float(values[key]) < number(force.getCutoffDistance()):
             return _switching_error(force, float(values[key]))
-        return None
+        return refused_tables(force, values, item_names(force, "Particle"))
 
     def structural(self, values: Values, force: openmm.CustomNonbondedForce) -> list[str]:
         """Changes that no live Context takes over: see `AbstractConverter.structural`."""
