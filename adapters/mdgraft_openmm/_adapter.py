@@ -11,10 +11,11 @@ import openmm
 import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
 from mdgraft.potentials import AbstractTerm, is_reserved
+from mdgraft.potentials.amoeba.generalized_kirkwood import GeneralizedKirkwood
 from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_openmm._converter import Host, global_key, number
-from mdgraft_openmm._engine import ForceEngine, index_of, known_class
+from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -109,10 +110,7 @@ def graft(
             for name, value in global_parameters(host, terms).items()
         },
         sites=read_sites(host.system),
-        routes={
-            name: "host" if isinstance(term, ExternalTerm) else "native"
-            for name, term in terms.items()
-        },
+        routes=_taken(terms),
     )
     return potential.to(dtype=dtype, device=device)
 
@@ -131,6 +129,7 @@ def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, Abstract
         raise InvalidInputError("host_object: the System has no particles; add some first")
     forces = energy_forces(host.system)
     routes = _routes(forces, route)
+    _couple(forces, routes)
     terms: dict[str, AbstractTerm] = {}
     missing: list[str] = []
     for name, force in forces.items():
@@ -140,7 +139,7 @@ def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, Abstract
         elif routes[name] == "native":
             missing.append(f"{name} ({type(force).__name__})")
             continue
-        if native is None or routes[name] == "host":
+        if native is None or (routes[name] == "host" and not _lends(native)):
             native = host_term(host, force, native)
         terms[name] = native
     if missing:
@@ -151,6 +150,25 @@ def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, Abstract
     return terms
 
 
+def _taken(terms: Mapping[str, AbstractTerm]) -> dict[str, str]:
+    """The route of each term; parameters that a host's term borrows go with it."""
+    hosted = {name for name, term in terms.items() if isinstance(term, ExternalTerm)}
+    hosted |= {other for name in hosted for other in terms[name].borrows}
+    return {name: "host" if name in hosted else "native" for name in terms}
+
+
+def _couple(forces: Mapping[str, openmm.Force], routes: dict[str, str]) -> None:
+    """Let forces whose energies cannot be told apart go the same way."""
+    pair = [name for name, force in forces.items() if isinstance(force, COMPANIONS)]
+    if len(pair) > 1 and any(routes[name] == "host" for name in pair):
+        routes |= dict.fromkeys(pair, "host")
+
+
+def _lends(term: AbstractTerm) -> bool:
+    """Whether it only holds parameters, for a term that has its energy."""
+    return isinstance(term, GeneralizedKirkwood)
+
+
 def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> ExternalTerm:
     """A term that OpenMM evaluates, on the platform of the Context if there is one.
 
@@ -158,6 +176,13 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
     """
     converter = CONVERTERS.get(type(force)) if native is not None else None
     values = native.parameter_values() if native is not None else {}
+    borrows = native.borrows if native is not None else ()
+    others = {name: energy_forces(host.system)[name] for name in borrows}
+    lent = [
+        f"{name}.{key}"
+        for name, other in others.items()
+        for key in CONVERTERS[type(other)].read(other, host).parameter_values()
+    ]
     platform, properties = "Reference", {}
     if host.context is not None:
         used = host.context.getPlatform()
@@ -171,9 +196,10 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
         host.system,
         index_of(host.system, force),
         converter=converter,
-        names=tuple(values),
+        names=(*values, *lent),
         platform=platform,
         properties=properties,
+        companions={name: CONVERTERS[type(other)] for name, other in others.items()},
     )
     return ExternalTerm(
         engine,
@@ -181,6 +207,7 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
         units=native.units if native is not None else {},
         global_names=tuple(map(global_key, engine.global_defaults)),
         periodic=native.periodic if native is not None else _periodic(force),
+        borrows=borrows,
     )
 
 

@@ -55,6 +55,10 @@ class AbstractConverter(abc.ABC):
         """A new force with ``values``, if no setter reaches what `refused` says is out of reach."""
         return None
 
+    def settle(self, force: Any, system: openmm.System) -> None:
+        """Bring in line what must equal parameters of other forces, after all are written."""
+        return None
+
     def structural(self, values: Values, force: Any) -> list[str]:
         """Name the changes in ``values`` that ``updateParametersInContext`` cannot take over."""
         return []

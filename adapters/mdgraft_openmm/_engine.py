@@ -22,7 +22,7 @@ from mdgraft_openmm._copies import (
 from mdgraft_openmm.forces import WITHOUT_ENERGY
 
 #: Forces that are only complete together.
-_COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
+COMPANIONS = (openmm.AmoebaMultipoleForce, openmm.AmoebaGeneralizedKirkwoodForce)
 _FIVE_POINTS: tuple[tuple[float, float], ...] = (
     (0.0, -25 / 12),
     (1.0, 4.0),
@@ -51,6 +51,9 @@ class ForceEngine:
         The force's parameters in order.
     platform, properties
         What the Context runs on.
+    companions
+        Converters of forces that share this one's energy, by the names of their terms; their
+        parameters are among ``names``, as ``<term>.<parameter>``.
 
     Raises
     ------
@@ -67,8 +70,10 @@ class ForceEngine:
         names: Sequence[str],
         platform: str,
         properties: Mapping[str, str],
+        companions: Mapping[str, AbstractConverter] | None = None,
     ) -> None:
         self._converter = converter
+        self._companions = dict(companions or {})
         self._names = tuple(names)
         self._platform, self._properties = platform, dict(properties)
         self._system, self._force, self._group = _alone(system, index)
@@ -154,6 +159,8 @@ class ForceEngine:
         array = arrays[k]
         typical = float(np.abs(array).max(initial=0.0)) or 1.0
         polynomial = self._converter is not None and name in self._converter.polynomial
+        for term, companion in self._companions.items():
+            polynomial |= name.removeprefix(f"{term}.") in companion.polynomial
         gradient = np.zeros((arrays[0].shape[0], *array.shape))
         for entry in np.ndindex(array.shape):
             size = max(abs(float(array[entry])), 0.1 * typical)
@@ -253,6 +260,11 @@ class ForceEngine:
         if refused is None:
             structural = converter.structural(values, self._force)
             converter.write(values, self._force)
+            for name, companion in self._companions.items():
+                other, own = self._companion(), _of_term(values, name)
+                structural += companion.structural(own, other)
+                companion.write(own, other)
+                companion.settle(other, self._system)
             self._update(reopen=bool(structural))
             return
         new = converter.rebuilt(values, self._force) if self._copied else None
@@ -267,8 +279,18 @@ class ForceEngine:
         if not reopen and hasattr(self._force, "updateParametersInContext"):
             with contextlib.suppress(openmm.OpenMMException):
                 self._force.updateParametersInContext(self._context)
+                if self._companions:
+                    self._companion().updateParametersInContext(self._context)
                 return
         self._open()
+
+    def _companion(self) -> Any:
+        """The other force that shares the energy."""
+        return next(
+            f
+            for f in self._system.getForces()
+            if isinstance(f, COMPANIONS) and _pointer(f) != _pointer(self._force)
+        )
 
     def _open(self) -> None:
         platform = openmm.Platform.getPlatformByName(self._platform)
@@ -335,9 +357,9 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
             copied.addParticle(system.getParticleMass(i))
         copied.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
         copied.addForce(faithful_copy(force))
-        if isinstance(force, _COMPANIONS):
+        if isinstance(force, COMPANIONS):
             for other in system.getForces():
-                if isinstance(other, _COMPANIONS) and _pointer(other) != _pointer(force):
+                if isinstance(other, COMPANIONS) and _pointer(other) != _pointer(force):
                     copied.addForce(faithful_copy(other))
         for other in copied.getForces():
             other.setForceGroup(1)
@@ -386,6 +408,11 @@ def _pointer(force: openmm.Force) -> int:
 
 def _same(first: Mapping[str, np.ndarray] | None, second: Mapping[str, np.ndarray]) -> bool:
     return first is not None and all(np.array_equal(first[k], v) for k, v in second.items())
+
+
+def _of_term(values: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 def _changed(arrays: Arrays, k: int, entry: tuple[int, ...], change: float) -> list[np.ndarray]:

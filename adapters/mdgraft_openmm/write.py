@@ -85,6 +85,9 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
         changed = any(not np.array_equal(merged[name][k], v) for k, v in current[name].items())
         if changed:
             CONVERTERS[type(force)].write(merged[name], force)
+    for name, force in forces.items():
+        if terms[name] is not None:
+            CONVERTERS[type(force)].settle(force, host.system)
         if host.context is not None:
             _update(name, force, host.context)
     for name, value in shared.items():

@@ -396,8 +396,9 @@ def _families(potential: Potential) -> Iterator[tuple[str, tuple[Tensor, list[st
     """Parameters that are not empty, with the terms that they can reach."""
     for name, parameter in potential.named_parameters():
         if parameter.numel() and parameter.requires_grad:
-            owner = name.partition(".")[0]
-            terms = [owner] if owner in potential.term_names else list(potential.term_names)
+            owner, names = name.partition(".")[0], potential.term_names
+            borrowers = [n for n in names if owner in potential.term(n).borrows]
+            terms = [owner, *borrowers] if owner in names else list(names)
             yield name, (parameter, terms)
 
 

@@ -84,9 +84,12 @@ def amoeba_multipole():
 def amoeba_generalized_kirkwood():
     rng, force = _rng(), openmm.AmoebaGeneralizedKirkwoodForce()
     multipoles = amoeba_multipole()
+    # With extrapolated dipoles OpenMM's forces are not the gradient of its energy.
+    multipoles.setPolarizationType(openmm.AmoebaMultipoleForce.Direct)
     for i in range(N):
         charge = multipoles.getMultipoleParameters(i)[0]._value
-        force.addParticle(charge, rng.uniform(0.12, 0.2), rng.uniform(0.6, 0.8))
+        radii = rng.uniform(0.12, 0.2, size=2)
+        force.addParticle(charge, radii[0], rng.uniform(0.6, 0.8), radii[1], 0.0)
     return [multipoles, force]
 
 

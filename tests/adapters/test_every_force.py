@@ -44,7 +44,7 @@ def test_routes_agree(force_class):
         if force_class is openmm.GayBerneForce:
             # Spheres must stay spheres, so that OpenMM refuses differences of one diameter.
             potential.freeze("GayBerneForce.[se][xyz]")
-        if "quadrupole" in potential.term(potential.term_names[-1]).parameter_values():
+        if any(name.endswith(".quadrupole") for name, _ in potential.named_parameters()):
             # They must stay traceless to 1e-5, and differences with smaller steps are noise.
             potential.freeze("*.quadrupole")
         x = torch.tensor(positions, requires_grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import openmm
 
 from mdgraft_openmm._converter import AbstractConverter
+from mdgraft_openmm.forces.amoeba_generalized_kirkwood import AmoebaGeneralizedKirkwoodConverter
 from mdgraft_openmm.forces.amoeba_multipole import AmoebaMultipoleConverter
 from mdgraft_openmm.forces.amoeba_torsion_torsion import AmoebaTorsionTorsionConverter
 from mdgraft_openmm.forces.amoeba_vdw import AmoebaVdwConverter
@@ -41,6 +42,7 @@ from mdgraft_openmm.forces.rmsd import RMSDConverter
 # By name, since older versions of OpenMM lack some of the classes.
 _CONVERTERS: dict[str, AbstractConverter] = {
     "ATMForce": ATMConverter(),
+    "AmoebaGeneralizedKirkwoodForce": AmoebaGeneralizedKirkwoodConverter(),
     "AmoebaMultipoleForce": AmoebaMultipoleConverter(),
     "AmoebaTorsionTorsionForce": AmoebaTorsionTorsionConverter(),
     "AmoebaVdwForce": AmoebaVdwConverter(),

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError, UnsupportedForceError
+from mdgraft import InvalidInputError
 from mdgraft.potentials.amoeba.frames import Axes, LocalAxes
+from mdgraft.potentials.amoeba.generalized_kirkwood import Solvation
 from mdgraft.potentials.amoeba.multipole import (
     Multipoles,
     MultipoleSettings,
@@ -26,6 +27,7 @@ from mdgraft_openmm._converter import (
     number,
 )
 from mdgraft_openmm._mesh import mesh_parameters
+from mdgraft_openmm.forces.amoeba_generalized_kirkwood import AmoebaGeneralizedKirkwoodConverter
 
 _POLARIZATION = {
     openmm.AmoebaMultipoleForce.Direct: Polarization.DIRECT,
@@ -49,10 +51,6 @@ class AmoebaMultipoleConverter(AbstractConverter):
             raise InvalidInputError(
                 f"{name}: has {force.getNumMultipoles()} multipoles, the System {n} particles"
             )
-        if any(
-            isinstance(f, openmm.AmoebaGeneralizedKirkwoodForce) for f in host.system.getForces()
-        ):
-            raise UnsupportedForceError(f"{name}: no native torch form in an implicit solvent")
         rows = [force.getMultipoleParameters(i) for i in range(n)]
         dipole = [[number(x) for x in row[1]] for row in rows]
         quadrupole = [[number(x) for x in row[2]] for row in rows]
@@ -66,6 +64,7 @@ class AmoebaMultipoleConverter(AbstractConverter):
             axes=local_axes(name, indices(rows, 3, 4, 5, 6)),
             scaled=_scaled(force, n),
             settings=_settings(force, host),
+            solvent=_solvent(host),
         )
 
     def write(self, values: Values, force: openmm.AmoebaMultipoleForce) -> None:
@@ -152,6 +151,18 @@ def _scaled(force: openmm.AmoebaMultipoleForce, n: int) -> ScaledPairs:
     keys = sorted(found)
     scales = torch.tensor([found[key] for key in keys], dtype=torch.float64).reshape(-1, 3)
     return ScaledPairs(torch.tensor(keys, dtype=torch.long), scales)
+
+
+def _solvent(host: Host) -> tuple[str, Solvation] | None:
+    """Name and constants of the implicit solvent in the System."""
+    # The table of converters lists this one, so it cannot be imported before it.
+    from mdgraft_openmm._adapter import energy_forces
+
+    for name, force in energy_forces(host.system).items():
+        if isinstance(force, openmm.AmoebaGeneralizedKirkwoodForce):
+            term = AmoebaGeneralizedKirkwoodConverter().read(force, host)
+            return name, term.solvation
+    return None
 
 
 def _settings(force: openmm.AmoebaMultipoleForce, host: Host) -> MultipoleSettings:

@@ -30,6 +30,8 @@ class ExternalTerm(AbstractTerm):
         Global parameters that the energy depends on, as the potential calls them.
     periodic
         Whether the energy depends on the box.
+    borrows
+        Other terms whose parameters the engine takes after this term's own.
     """
 
     precision: Tensor
@@ -42,9 +44,11 @@ class ExternalTerm(AbstractTerm):
         units: Mapping[str, str],
         global_names: Sequence[str] = (),
         periodic: bool = False,
+        borrows: tuple[str, ...] = (),
     ) -> None:
         super().__init__(periodic=periodic)
         self.engine = engine
+        self.borrows = borrows
         self.global_names = tuple(global_names)
         # A term without parameters still has a dtype and a device.
         self.register_buffer("precision", torch.zeros((), dtype=torch.float64), persistent=False)

@@ -131,6 +131,9 @@ class Potential(nn.Module):
         for name in self.term_names:
             term = self.term(name)
             own = {key: values[f"{name}.{key}"] for key in term.parameter_values()}
+            for other in term.borrows:
+                keys = (f"{other}.{key}" for key in self.term(other).parameter_values())
+                own |= {key: values[key] for key in keys}
             energy = term(frames, cells if term.periodic else None, own, global_values)
             # What a term happens not to use has zero derivatives, not missing ones.
             for value in (*own.values(), *global_values.values()):

@@ -19,6 +19,8 @@ class AbstractTerm(nn.Module, abc.ABC):
 
     #: Whether the energy depends on the box.
     periodic: bool
+    #: Names of other terms whose values this one gets as well, as ``<term>.<parameter>``.
+    borrows: tuple[str, ...] = ()
 
     def __init__(self, *, periodic: bool = False) -> None:
         super().__init__()

@@ -16,6 +16,12 @@ from mdgraft.kernels.multipole_pme import MultipoleMesh
 from mdgraft.kernels.pairs import Pairs, all_pairs, neighbor_pairs
 from mdgraft.kernels.periodic import volume
 from mdgraft.potentials.amoeba.frames import LocalAxes, local_frames
+from mdgraft.potentials.amoeba.generalized_kirkwood import (
+    ReactionField,
+    Solvation,
+    cavity_energy,
+    effective_radii,
+)
 from mdgraft.potentials.amoeba.interactions import (
     Moments,
     Radial,
@@ -94,6 +100,8 @@ class _Geometry:
     fields: tuple[Radial, Radial]
     mutual: Radial
     mesh: MultipoleMesh | None
+    #: Factors of induced dipoles in their reaction field, of pairs and of each site with itself.
+    reaction: tuple[Radial, Radial] | None = None
 
 
 class Multipoles(AbstractTerm):
@@ -124,6 +132,9 @@ class Multipoles(AbstractTerm):
         Pairs that do not count in full.
     settings
         Polarization and its constants.
+    solvent
+        Name of the term that holds the parameters of an implicit solvent, and its constants; None
+        in vacuum and with Ewald sums.
 
     References
     ----------
@@ -148,9 +159,13 @@ class Multipoles(AbstractTerm):
         axes: LocalAxes,
         scaled: ScaledPairs,
         settings: MultipoleSettings,
+        solvent: tuple[str, Solvation] | None = None,
     ) -> None:
         super().__init__(periodic=settings.grid is not None)
         self.settings = settings
+        self.solvent = solvent
+        if solvent is not None:
+            self.borrows = (solvent[0],)
         for field in dataclasses.fields(axes):
             self.register_buffer(f"axis_{field.name}", getattr(axes, field.name))
         self.register_buffer("keys", scaled.keys)
@@ -181,6 +196,8 @@ class Multipoles(AbstractTerm):
         # What solves for the dipoles, and what they act on: OpenMM takes the trace differently.
         inducing, acting = self._fields(at, whole, whole), self._fields(at, whole, traceless)
         response = values["polarizability"][:, None] / COULOMB
+        if self.solvent is not None:
+            return energy + self._solvated(at, inducing, whole, response, values)
         return energy + self._polarization(at, inducing, acting, response)
 
     # Pairs ---------------------------------------------------------------------------------------
@@ -238,6 +255,45 @@ class Multipoles(AbstractTerm):
         )
         place = torch.searchsorted(self.keys, key).clamp(max=self.keys.numel() - 1)
         return torch.where((self.keys[place] == key)[:, None], self.scale[place], ones)
+
+    # Implicit solvent ---------------------------------------------------------------------------
+
+    def _solvated(
+        self,
+        at: _Geometry,
+        fields: tuple[Tensor, Tensor],
+        moments: Moments,
+        response: Tensor,
+        values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Energy of the reaction field, and of dipoles that are induced in its presence."""
+        assert self.solvent is not None
+        name, solvation = self.solvent
+        outer = self.inner_values(name, values)
+        born = effective_radii(at.positions, at.pairs, outer, solvation)
+        i, j = at.pairs.first, at.pairs.second
+        r_squared = at.vectors.square().sum(dim=-1)
+        dielectric = outer["solvent_dielectric"]
+        products = at.pairs.at(born, i) * at.pairs.at(born, j)
+        pairs = ReactionField.of(r_squared, products, dielectric)
+        own = ReactionField.of(torch.zeros_like(born), born * born, dielectric)
+
+        first, second = moments.at(at.pairs, i), moments.at(at.pairs, j)
+        both = pairs.energy(first, second, at.vectors) + pairs.energy(second, first, -at.vectors)
+        energy = at.pairs.sum(0.5 * both, at.positions.shape[0])
+        nowhere = torch.zeros_like(at.positions)
+        energy = energy + 0.5 * own.energy(moments, moments, nowhere).sum(dim=-1)
+        if solvation.cavity:
+            energy = energy + cavity_energy(outer, born)
+        field = own.field(moments, nowhere) + both_ways(
+            at.pairs,
+            pairs.field(second, -at.vectors),
+            pairs.field(first, at.vectors),
+            at.positions,
+        )
+        inside = dataclasses.replace(at, reaction=(pairs.of_dipoles(), own.of_dipoles()))
+        total = fields[0] + field, fields[1] + field
+        return energy + self._polarization(inside, total, total, response)
 
     # Permanent multipoles ------------------------------------------------------------------------
 
@@ -323,6 +379,15 @@ class Multipoles(AbstractTerm):
         )
         if at.mesh is not None:
             field = field + at.mesh.field(at.mesh.spread(None, dipole)) + self._own(dipole)
+        if at.reaction is not None:
+            between, own = at.reaction
+            field = field - own[0][..., None] * dipole
+            field = field + both_ways(
+                pairs,
+                dipole_field(second, at.vectors, between),
+                dipole_field(first, at.vectors, between),
+                at.positions,
+            )
         return field
 
     def _polarization(
@@ -402,7 +467,8 @@ class Multipoles(AbstractTerm):
         box = () if at.box is None else (at.box,)
         root = torch.sqrt(response.detach())
         tensors = (root, at.positions, at.vectors, *at.mutual, pairs.first, pairs.second)
-        detached = tuple(tensor.detach() for tensor in (*tensors, *frame, *box))
+        reaction = () if at.reaction is None else (*at.reaction[0], *at.reaction[1])
+        detached = tuple(tensor.detach() for tensor in (*tensors, *frame, *box, *reaction))
         return detached, _Induction(self, bool(frame), bool(box))
 
 
@@ -423,7 +489,8 @@ class _Induction:
         if settings.grid is not None:
             assert settings.alpha is not None and box is not None
             mesh = MultipoleMesh(positions, box, alpha=settings.alpha, grid=settings.grid)
-        at = _Geometry(positions, box, pairs, vectors, (), ((), ()), (k3, k5), mesh)
+        reaction = ((rest[0], rest[1]), (rest[2], rest[3])) if rest else None
+        at = _Geometry(positions, box, pairs, vectors, (), ((), ()), (k3, k5), mesh, reaction)
         return _Induced(self.term, at, root)
 
 
@@ -444,6 +511,12 @@ def _frozen(at: _Geometry) -> _Geometry:
         positions=at.positions.detach(),
         vectors=at.vectors.detach(),
         mutual=tuple(k.detach() for k in at.mutual),
+        reaction=None
+        if at.reaction is None
+        else (
+            tuple(k.detach() for k in at.reaction[0]),
+            tuple(k.detach() for k in at.reaction[1]),
+        ),
     )
 
 
