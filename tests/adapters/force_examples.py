@@ -88,7 +88,7 @@ def amoeba_generalized_kirkwood():
     multipoles.setPolarizationType(openmm.AmoebaMultipoleForce.Direct)
     for i in range(N):
         charge = multipoles.getMultipoleParameters(i)[0]._value
-        radii = rng.uniform(0.13, 0.19, size=2)
+        radii = rng.uniform(0.1, 0.14, size=2)
         force.addParticle(charge, radii[0], rng.uniform(0.6, 0.8), radii[1], 0.0)
     return [multipoles, force]
 
