@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdgraft._errors import SimulationError
 
+#: A linear map of vectors ``(frames, n, 3)``.
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -121,7 +122,7 @@ def _solve(*args: Any) -> Tensor:
     return result
 
 
-def _one_by_one(
+def one_by_one(
     function: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Tensor, int]:
     """Rule for `torch.vmap`: members of a batch one after the other."""
@@ -175,7 +176,7 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_LinearSolve, info, in_dims, args)
+        return one_by_one(_LinearSolve, info, in_dims, args)
 
 
 class _ResponseForm(torch.autograd.Function):
@@ -213,4 +214,4 @@ class _ResponseForm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_ResponseForm, info, in_dims, args)
+        return one_by_one(_ResponseForm, info, in_dims, args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, SimulationError
 from mdgraft._types import BoxLike, PositionsLike
+from mdgraft.kernels.implicit import Linear, conjugate_gradients, one_by_one
 from mdgraft.potentials._inputs import as_frames
 from mdgraft.potentials.potential import Potential
 
@@ -19,7 +20,10 @@ _LARGEST_STEP = 0.02
 #: Relative residual of the linear solves of the search, which need not be accurate.
 _SEARCH_RESIDUAL = 1e-4
 
-Operator = Callable[[Tensor], Tensor]
+_FAILURE = (
+    "particles: the energy has no minimum in their positions here (a polarization catastrophe?); "
+    "check polarizabilities and screening, or start closer to one"
+)
 
 
 class SelfConsistent(nn.Module):
@@ -149,7 +153,7 @@ class _Problem:
     names: tuple[str, ...]
     has_box: bool
 
-    def linearised(self, moving: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Operator]:
+    def linearised(self, moving: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Linear]:
         """Gradient ``(frames, M, 3)`` at ``moving``, and products with the Hessian there."""
         frames, *rest = (tensor.detach() for tensor in tensors)
         box = rest.pop(0) if self.has_box else None
@@ -177,7 +181,7 @@ class _Problem:
             gradient, hessian = self.linearised(moving, tensors)
             if bool((gradient.abs() <= settings.tolerance).all()):
                 return moving
-            step = _solve(hessian, -gradient, _SEARCH_RESIDUAL)
+            step = conjugate_gradients(hessian, -gradient, _SEARCH_RESIDUAL, failure=_FAILURE)
             length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
             step = step * (_LARGEST_STEP / length.clamp(min=_LARGEST_STEP))
             moving = moving + step
@@ -194,52 +198,8 @@ class _Problem:
         if not vector.numel():
             return vector
         _, hessian = self.linearised(moving, tensors)
-        return _solve(hessian, -vector.detach(), torch.finfo(vector.dtype).eps ** 0.75)
-
-
-def _solve(operator: Operator, target: Tensor, residual: float) -> Tensor:
-    """Conjugate gradients for each frame, to a residual relative to ``target``."""
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dim=(-2, -1), keepdim=True)
-
-    solution, rest, direction = torch.zeros_like(target), target, target
-    size = dot(rest, rest)
-    enough = residual**2 * size
-    for _ in range(3 * target[0].numel() + 50):
-        active = size > enough
-        if not bool(active.any()):
-            return solution
-        image = operator(direction)
-        curvature = dot(direction, image)
-        if bool((active & (curvature <= 0)).any()):
-            raise SimulationError(
-                "particles: the energy has no minimum in their positions here (a polarization "
-                "catastrophe?); check polarizabilities and screening, or start closer to one"
-            )
-        step = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)
-        solution, rest = solution + step * direction, rest - step * image
-        before, size = size, dot(rest, rest)
-        ratio = torch.where(active, size / torch.where(active, before, 1.0), 0.0)
-        direction = rest + ratio * direction
-    raise SimulationError(
-        "particles: the linear equations of their response did not converge; the Hessian of the "
-        "energy in their positions is nearly singular"
-    )
-
-
-def _one_by_one(
-    function: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    """Rule for `torch.vmap`: members of a batch one after the other."""
-    members = []
-    for k in range(info.batch_size):
-        member = [
-            arg if dim is None else arg.select(dim, k)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        members.append(function.apply(*member))
-    return torch.stack(members), 0
+        residual = torch.finfo(vector.dtype).eps ** 0.75
+        return conjugate_gradients(hessian, -vector.detach(), residual, failure=_FAILURE)
 
 
 class _Search(torch.autograd.Function):
@@ -265,7 +225,7 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_Search, info, in_dims, args)
+        return one_by_one(_Search, info, in_dims, args)
 
 
 class _Response(torch.autograd.Function):
@@ -295,7 +255,7 @@ class _Response(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_Response, info, in_dims, args)
+        return one_by_one(_Response, info, in_dims, args)
 
 
 def _respond(*args: Any) -> Tensor:
@@ -331,4 +291,4 @@ class _Quadratic(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        return _one_by_one(_Quadratic, info, in_dims, args)
+        return one_by_one(_Quadratic, info, in_dims, args)
