@@ -44,6 +44,13 @@ def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
         f"{name}: OpenMM itself computes it to about {size:g} only, so that no more is asked"
         for name, size in precision(system).items()
     ]
+    for name, force in energy_forces(system).items():
+        if isinstance(force, openmm.HippoNonbondedForce) and _stray_frames(force):
+            found.append(
+                f"{name}: for a frame of kind z-only without a particle x OpenMM's Reference "
+                "platform reads a position that does not exist, so that its forces may be wrong "
+                "and differ from Context to Context; its energy is right"
+            )
     if not np.tril(box, -1).any():
         return found
     for name, force in energy_forces(system).items():
@@ -63,3 +70,8 @@ def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
             "its energy; the graft's are"
         )
     return found
+
+
+def _stray_frames(force: openmm.HippoNonbondedForce) -> bool:
+    rows = (force.getParticleParameters(i)[12:] for i in range(force.getNumParticles()))
+    return any(kind == force.ZOnly and x < 0 for kind, _, x, _ in rows)

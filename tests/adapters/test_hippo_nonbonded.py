@@ -9,6 +9,7 @@ import torch
 from agreement import assert_agrees
 from mdgraft.potentials.hippo.damping import overlap, two_centers
 from mdgraft.testing import finite_difference
+from mdgraft_openmm._known import remarks
 
 Hippo = openmm.HippoNonbondedForce
 BOX = np.array([[1.7, 0, 0], [0.3, 1.8, 0], [-0.4, 0.5, 1.9]])
@@ -35,9 +36,10 @@ def molecules(*, pme=False, equal=False, axes="mixed", exceptions=True, orders=4
         kind = KINDS[i % 4] if axes == "mixed" else axes
         others = [i - i % 3 + (i + shift) % 3 for shift in (1, 2)]
         particles = [*others, (i + 3) % N]
-        if kind in (Hippo.NoAxisType, Hippo.ZOnly):
-            particles = [others[0] if kind == Hippo.ZOnly else -1, -1, -1]
-        elif kind == Hippo.Bisector:
+        if kind == Hippo.NoAxisType:
+            particles = [-1, -1, -1]
+        elif kind in (Hippo.Bisector, Hippo.ZOnly):
+            # With z only, x does not count, but without one OpenMM's forces are those of chance.
             particles[2] = -1
         a, b, c, d, e = rng.normal(0, 2e-4, size=5)
         dipole, quadrupole = rng.normal(0, 0.01, size=3), [a, b, c, b, d, e, c, e, -a - d]
@@ -45,7 +47,7 @@ def molecules(*, pme=False, equal=False, axes="mixed", exceptions=True, orders=4
             # For moments of another symmetry OpenMM's torques are not right.
             dipole[:2], quadrupole = 0.0, [a, 0, 0, 0, a, 0, 0, 0, -2 * a]
         if kind == Hippo.NoAxisType:
-            # The Reference platform never reads these; its quadrupole is what memory holds.
+            # The Reference platform never reads these.
             dipole, quadrupole = np.zeros(3), 9 * [0.0]
         same = equal and i % 3
         force.addParticle(
@@ -129,6 +131,19 @@ def test_frames_that_openmm_has_not_right(kind):
 def reference_context(system):
     platform = openmm.Platform.getPlatform("Reference")
     return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+
+
+def test_frames_with_z_only():
+    """A particle x does not count, and OpenMM's forces need one."""
+    system, positions = molecules(axes=Hippo.ZOnly)
+    truth = mdgraft.graft(system).forces(torch.tensor(positions))
+    force = system.getForce(0)
+    assert not [r for r in remarks(system, BOX) if "z-only" in r]
+    for i in range(N):
+        *row, kind, z, _, y = force.getParticleParameters(i)
+        force.setParticleParameters(i, *row, kind, z, -1, y)
+    torch.testing.assert_close(mdgraft.graft(system).forces(torch.tensor(positions)), truth)
+    assert [r for r in remarks(system, BOX) if "z-only" in r]
 
 
 def test_sites_without_polarizability():
