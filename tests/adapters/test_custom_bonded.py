@@ -80,6 +80,7 @@ def volume(energy, globals_=()):
     return force
 
 
+LINE = openmm.Continuous1DFunction([0.0, 1.0], 0.0, 1.0)
 PAIRS = [(0, 1), (2, 7), (5, 3)]
 TRIPLES = [(0, 1, 2), (4, 3, 8)]
 QUADRUPLES = [(0, 1, 2, 3), (7, 4, 6, 5)]
@@ -185,6 +186,17 @@ CASES = {
             ),
         ),
         translation=False,
+    ),
+    "compound-branches": Case(
+        lambda: compound(
+            3,
+            "select(step(a-d), sqrt(a-d)*f(d)+m, min(f(1/d)+m, m^2)); m = min(q, max(log(q), f(q)))"
+            "; q = distance(p2,p3); d = distance(p1,p2)",
+            [*TRIPLES, (5, 6, 7)],
+            ("a",),
+            [[0.1], [1.0], [2.0]],
+            tables=(("f", lambda: openmm.Continuous1DFunction(TABLE_1D, -1.0, 3.0)),),
+        )
     ),
     "centroid": Case(
         lambda: centroid(
@@ -303,6 +315,11 @@ def test_write_back():
         (lambda: centroid(1, "x1", [(3,)], GROUPS), r"entry 0 refers to \[3\]"),
         (lambda: centroid(1, "x1", [(0,)], [([0, 1], [1.0, -1.0])]), "add up to 0"),
         (lambda: external("periodicdistance(x,y)"), "takes 6 arguments, got 2"),
+        (lambda: compound(2, "0*a", PAIRS), "unknown variable 'a'"),
+        (
+            lambda: compound(1, "pointangle(x1)", [(0,)], tables=(("pointangle", lambda: LINE),)),
+            "pointangle takes 9 arguments, got 1",
+        ),
     ],
 )
 def test_what_openmm_refuses(force, message):
@@ -342,3 +359,51 @@ def test_coincident_particles_and_empty_forces():
     energy = potential(x)
     (gradient,) = torch.autograd.grad(energy, x)
     assert energy.item() == 0 and not gradient.any()
+
+
+@pytest.mark.parametrize("places", [(0, 0, 1), (0, 1, 0), (0, 1, 1)])
+@pytest.mark.parametrize("energy", ["angle(p1,p2,p3)", "pointangle(x1,y1,z1,x2,y2,z2,x3,y3,z3)"])
+def test_an_angle_without_arms(energy, places):
+    system = openmm.System()
+    for _ in range(3):
+        system.addParticle(1.0)
+    system.addForce(compound(3, energy, [(0, 1, 2)]))
+    positions = np.array([[0.1, 0.2, 0.3], [0.5, -0.1, 0.4]])[list(places)]
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    context.setPositions(positions)
+    x = torch.tensor(positions, requires_grad=True)
+    value = mdgraft.graft(system)(x)
+    assert value.item() == context.getState(energy=True).getPotentialEnergy()._value
+    assert not torch.autograd.grad(value, x)[0].any()
+
+
+def test_a_limit_that_is_infinite():
+    """A global parameter may well be infinite, and large numbers become so in single precision."""
+    system, positions = build(
+        Case(
+            lambda: bonds(
+                "k*min(r, min(cap, most))",
+                PAIRS,
+                ("k", "cap"),
+                [[3, 1e300], [2, 0.1], [1, 1e300]],
+                (("most", np.inf),),
+            )
+        ),
+        False,
+    )
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    context.setPositions(positions)
+    state = context.getState(energy=True, forces=True)
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        potential = mdgraft.graft(system, dtype=dtype)
+        x = torch.tensor(positions, dtype=dtype)
+        energy = potential(x)
+        assert energy.item() == pytest.approx(state.getPotentialEnergy()._value, rel=rtol)
+        forces = potential.forces(x).detach().numpy()
+        np.testing.assert_allclose(forces, state.getForces(asNumpy=True)._value, atol=10 * rtol)
+        energy.backward()
+        assert potential.get_parameter("CustomBondForce.cap").grad.tolist() == [0, 2, 0]

@@ -119,6 +119,32 @@ def test_alchemical_transfer(kind):
     assert_agrees(system, positions, translation_rtol=None)
 
 
+@pytest.mark.parametrize("energy", ["(1-l)*u0+l*u1", "select(l, u1, u0)"])
+def test_an_end_state_with_an_infinite_energy(energy):
+    """The copy on top of another particle has no weight, and leaves no trace in derivatives."""
+    force = openmm.ATMForce(energy)
+    force.addGlobalParameter("l", 0.0)
+    inner = openmm.NonbondedForce()
+    system = openmm.System()
+    for k in range(3):
+        system.addParticle(1.0)
+        inner.addParticle(0.3, 0.3, 0.5)
+        force.addParticle(openmm.Vec3(0.5 * (k == 0), 0, 0))
+    force.addForce(inner)
+    system.addForce(force)
+    positions = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0, 0.6, 0]], dtype=torch.float64)
+    assert_agrees(system, positions.numpy(), gradients=False, second=False, consistent=False)
+    potential = mdgraft.graft(system)
+    potential(positions).backward()
+    names = [n for n, p in potential.named_parameters() if not p.grad.isfinite().all()]
+    assert names == []
+    frames = torch.stack([positions, 1.1 * positions])
+    single = torch.stack([torch.func.hessian(potential)(x) for x in frames])
+    mapped = torch.func.vmap(torch.func.hessian(potential))(frames)
+    assert single.isfinite().all()
+    torch.testing.assert_close(mapped, single)
+
+
 def test_names_and_routes():
     system, _ = build(cv("mixed"))
     system.addForce(atm("default"))
@@ -163,6 +189,15 @@ def test_write_back():
         potential.get_parameter("ATMForce.displacement1")[3] = 0.1
     with pytest.raises(mdgraft.ParameterMismatchError, match="particle 3 is displaced by other"):
         mdgraft_openmm.write_parameters(potential, system)
+
+
+def test_two_variables_of_one_name():
+    """OpenMM takes the energy of one and the forces of both."""
+    force = openmm.CustomCVForce("v")
+    force.addCollectiveVariable("v", bond())
+    force.addCollectiveVariable("v", torsion())
+    with pytest.raises(mdgraft.InvalidInputError, match="two collective variables are called 'v'"):
+        mdgraft.graft(build(force)[0])
 
 
 @pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="came with OpenMM 8.5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openmm
+from mdgraft import InvalidInputError
 from mdgraft.potentials.custom.base import parameter_keys
 from mdgraft.potentials.custom.collective_variables import CollectiveVariables
 
@@ -25,6 +26,11 @@ class CustomCVConverter(AbstractConverter):
     def read(self, force: openmm.CustomCVForce, host: Host) -> CollectiveVariables:
         """Build the term and those of its variables."""
         names = _names(force)
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidInputError(
+                    f"{force.getName()}: two collective variables are called {name!r}; rename one"
+                )
         variables = {n: force.getCollectiveVariable(i) for i, n in enumerate(names)}
         return CollectiveVariables(
             force.getEnergyFunction(),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdgraft.lepton.operations import OPERATIONS, SINGULAR
+from mdgraft.lepton.program import Program
 from mdgraft.lepton.simplify import simplify
-from mdgraft.lepton.syntax import Apply, Call, Constant, Node, Parser, Variable, walk
-
-_BRANCHES = ("select", "min", "max")
+from mdgraft.lepton.syntax import Call, Parser, Variable
 
 
 class Expression:
@@ -52,23 +49,27 @@ class Expression:
         where: str = "expression",
     ) -> None:
         self.text = text
-        parsed = Parser(
+        parser = Parser(
             text,
             where=where,
             variables=frozenset(variables),
             functions=functions or {},
             geometry=geometry or {},
             labels=frozenset(labels),
-        ).parse()
-        #: The tree; equal subtrees are one object.
-        self.root: Node = simplify(parsed)
-        nodes = walk(self.root)
+        )
+        parsed = parser.parse()
+        if geometry:
+            parser.check_names(parsed)
+        root = simplify(parsed)
+        # Without geometric functions, OpenMM takes no offence at a name that drops out.
+        parser.check_names(root)
+        #: What there is to compute.
+        self.program = Program(root)
+        leaves = self.program.steps
         #: Variables that the value depends on.
-        self.variables = frozenset(n.name for n in nodes if isinstance(n, Variable))
+        self.variables = frozenset(leaf.name for leaf in leaves if isinstance(leaf, Variable))
         #: Geometric functions that the value depends on.
-        self.calls = tuple(dict.fromkeys(n for n in nodes if isinstance(n, Call)))
-        # Branches with one of these must not send their derivative where they are not taken.
-        self._singular = {id(n) for n in nodes if self._is_singular(n)}
+        self.calls = tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Call)))
 
     def __repr__(self) -> str:
         return f"Expression({self.text!r})"
@@ -97,92 +98,10 @@ class Expression:
         Tensor
             Of the broadcast shape; a constant has shape ``()``.
         """
-        result = _Evaluation(self._singular, functions or {})(self.root, dict(values), {})
+        result = self.program(values, functions or {})
         if isinstance(result, Tensor):
             return result
         example = like if like is not None else next(iter(values.values()), None)
         if example is None:
             return torch.tensor(result, dtype=torch.float64)
         return torch.full((), result, dtype=example.dtype, device=example.device)
-
-    @staticmethod
-    def _is_singular(node: Node) -> bool:
-        return any(
-            isinstance(inner, Apply) and (inner.operation in SINGULAR or inner.custom)
-            for inner in walk(node)
-        )
-
-
-class _Evaluation:
-    """One evaluation; subtrees that occur more than once are computed once."""
-
-    def __init__(self, singular: set[int], functions: Mapping[str, Callable[..., Tensor]]) -> None:
-        self._singular, self._functions = singular, functions
-
-    def __call__(self, node: Node, values: dict[str, Tensor], known: dict[int, Any]) -> Any:
-        """Value of a node: a tensor, or a float if it depends on nothing."""
-        if isinstance(node, Constant):
-            return node.value
-        if isinstance(node, Variable):
-            return values[node.name]
-        if isinstance(node, Call):
-            return values[node.key]
-        if id(node) not in known:
-            known[id(node)] = self._apply(node, values, known)
-        return known[id(node)]
-
-    def _apply(self, node: Apply, values: dict[str, Tensor], known: dict[int, Any]) -> Any:
-        if node.operation in _BRANCHES and not node.custom:
-            return self._branch(node, values, known)
-        arguments = [self(argument, values, known) for argument in node.arguments]
-        if node.custom:
-            return self._functions[node.operation](*_tensors(arguments, values))
-        operation = OPERATIONS[node.operation]
-        if any(isinstance(argument, Tensor) for argument in arguments):
-            return operation(*arguments) if len(arguments) == 1 else _binary(operation, arguments)
-        # A constant is folded in double precision, whatever the tensors are.
-        return operation(*(torch.tensor(x, dtype=torch.float64) for x in arguments)).item()
-
-    def _branch(self, node: Apply, values: dict[str, Tensor], known: dict[int, Any]) -> Any:
-        """Choose between two subtrees; the one not taken has no derivative, however singular."""
-        if node.operation == "select":
-            chooser = self(node.arguments[0], values, known)
-            first, second = node.arguments[1:]
-            taken = chooser != 0
-        else:
-            first, second = node.arguments
-            a, b = self(first, values, known), self(second, values, known)
-            # Equal arguments: Lepton takes the slope of the second in min, of the first in max.
-            taken = a < b if node.operation == "min" else a >= b
-        if not isinstance(taken, Tensor):
-            return self(first if taken else second, values, known)
-        options = [
-            self._masked(branch, mask, values, known)
-            for branch, mask in ((first, taken), (second, ~taken))
-        ]
-        return torch.where(taken, *_tensors(options, values))
-
-    def _masked(
-        self, node: Node, mask: Tensor, values: dict[str, Tensor], known: dict[int, Any]
-    ) -> Any:
-        if id(node) not in self._singular:
-            return self(node, values, known)
-        barred = {name: torch.where(mask, value, value.detach()) for name, value in values.items()}
-        return self(node, barred, {})
-
-
-def _binary(operation: Callable[..., Tensor], arguments: list[Any]) -> Tensor:
-    if operation is OPERATIONS["atan2"]:
-        arguments = _tensors(arguments, {})
-    return operation(*arguments)
-
-
-def _tensors(arguments: list[Any], values: Mapping[str, Tensor]) -> list[Tensor]:
-    """Arguments as tensors of one dtype and device."""
-    example = next((x for x in (*arguments, *values.values()) if isinstance(x, Tensor)), None)
-    dtype = torch.float64 if example is None else example.dtype
-    device = None if example is None else example.device
-    return [
-        x if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
-        for x in arguments
-    ]

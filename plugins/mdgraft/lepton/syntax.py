@@ -9,7 +9,8 @@ each may use those to its right, and replaces a variable of that name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Generator, Mapping
 
 from mdgraft._errors import InvalidInputError
 
@@ -52,6 +53,8 @@ class Apply:
 
 
 Node = Constant | Variable | Call | Apply
+# What reads a part of the grammar: it yields the readers of inner parts, and is sent their nodes.
+_Reader = Generator["_Reader", Node, Node]
 
 #: Number of arguments of every function of the language.
 FUNCTIONS = {"atan2": 2, "min": 2, "max": 2, "select": 3} | dict.fromkeys(
@@ -119,15 +122,16 @@ class Parser:
         self._position = self._end = 0
 
     def parse(self) -> Node:
-        """The tree of the expression, in which definitions are shared subtrees."""
+        """The tree of the expression, in which definitions are shared subtrees.
+
+        Whether its names are known is a question for `check_names`.
+        """
         start = len(self._text)
         while (start := self._text.rfind(";", 0, start)) >= 0:
             stop = self._text.find(";", start + 1)
             self._define(start + 1, len(self._text) if stop < 0 else stop)
         stop = self._text.find(";")
-        root = self._whole(0, len(self._text) if stop < 0 else stop)
-        self._check_names(root)
-        return root
+        return self._whole(0, len(self._text) if stop < 0 else stop)
 
     def _define(self, start: int, stop: int) -> None:
         body = self._text[start:stop]
@@ -140,7 +144,7 @@ class Parser:
 
     def _whole(self, start: int, stop: int) -> Node:
         self._tokens, self._position, self._end = list(self._split(start, stop)), 0, stop
-        node = self._expression(0)
+        node = _read(self._expression(0))
         if self._position < len(self._tokens):
             raise self._unexpected()
         return node
@@ -196,17 +200,17 @@ class Parser:
     def _peek(self) -> _Token | None:
         return self._tokens[self._position] if self._position < len(self._tokens) else None
 
-    def _expression(self, precedence: int) -> Node:
-        node = self._operand()
+    def _expression(self, precedence: int) -> _Reader:
+        node = yield self._operand()
         while (token := self._peek()) is not None and token.kind == "operator":
             own, right = _OPERATORS[token.text]
             if own < precedence:
                 break
             self._position += 1
-            node = Apply(token.text, (node, self._expression(right)))
+            node = Apply(token.text, (node, (yield self._expression(right))))
         return node
 
-    def _operand(self) -> Node:
+    def _operand(self) -> _Reader:
         token = self._peek()
         if token is None:
             raise self._unexpected()
@@ -220,21 +224,21 @@ class Parser:
             self._places[id(node)] = token.place
             return node
         if token.kind == "(":
-            inner = self._expression(0)
+            inner = yield self._expression(0)
             self._close()
             return inner
         if token.kind == "function":
-            return self._call(token)
+            return (yield self._call(token))
         if token.text == "-":
-            return Apply("negate", (self._expression(_NEGATION),))
+            return Apply("negate", ((yield self._expression(_NEGATION)),))
         self._position -= 1
         raise self._unexpected()
 
-    def _call(self, token: _Token) -> Node:
-        arguments = [self._expression(0)]
+    def _call(self, token: _Token) -> _Reader:
+        arguments = [(yield self._expression(0))]
         while (following := self._peek()) is not None and following.kind == ",":
             self._position += 1
-            arguments.append(self._expression(0))
+            arguments.append((yield self._expression(0)))
         self._close()
         name = token.text[:-1]
         stop = token.place + len(name)
@@ -270,7 +274,8 @@ class Parser:
             raise self._error("a parenthesis is not closed", *self._here())
         self._position += 1
 
-    def _check_names(self, root: Node) -> None:
+    def check_names(self, root: Node) -> None:
+        """Raise for a variable that is unknown; ``root`` may have been simplified."""
         for node in walk(root):
             if isinstance(node, Variable) and node.name not in self._variables:
                 place = self._places[id(node)]
@@ -302,23 +307,46 @@ class Parser:
         return InvalidInputError(f"{self._where}: {reason}\n    {shown}\n    {mark}")
 
 
+def _read(reader: _Reader) -> Node:
+    """Run a reader and those within it, however deep they are nested."""
+    stack = [reader]
+    node: Node | None = None
+    while stack:
+        try:
+            # A generator that has not started yet takes nothing but None.
+            stack.append(next(stack[-1]) if node is None else stack[-1].send(node))
+            node = None
+        except StopIteration as finished:
+            node = finished.value
+            stack.pop()
+    assert node is not None
+    return node
+
+
 def _number(text: str) -> float:
+    """What a C++ stream makes of a number."""
+    mantissa, exponential, exponent = text.lower().partition("e")
+    # It stops at a point in the exponent.
+    text = mantissa + exponential + exponent.partition(".")[0]
     try:
-        return float(text)
+        return min(float(text), sys.float_info.max)
     except ValueError:
-        # "1e" and "." are zero to a C++ stream, hence to OpenMM.
+        # "1e" and "." are zero to it.
         return 0.0
 
 
 def walk(root: Node) -> list[Node]:
-    """Every node of a tree once, the root first."""
+    """Every node of a tree once, after its arguments."""
     found: dict[int, Node] = {}
     stack: list[Node] = [root]
     while stack:
-        node = stack.pop()
-        if id(node) in found:
-            continue
-        found[id(node)] = node
+        node = stack[-1]
+        missing: list[Node] = []
         if isinstance(node, Apply):
-            stack.extend(node.arguments)
+            missing = [a for a in reversed(node.arguments) if id(a) not in found]
+        if missing and id(node) not in found:
+            stack += missing
+        else:
+            found.setdefault(id(node), node)
+            stack.pop()
     return list(found.values())

@@ -116,18 +116,19 @@ class ContinuousTable(TabulatedFunction):
                 slopes[(*key, 1)] = _slopes(table, dimension, size, self.periodic)
             tables = slopes
 
+        axes = list(zip(self.sizes, self.limits, arguments, strict=True))
         inside: Tensor | None = None
+        if not self.periodic:
+            # What is not a number stays so, unless another argument is outside.
+            within = (~((x < lower) | (x > upper)) for _, (lower, upper), x in axes)
+            inside = functools.reduce(torch.logical_and, within)
         cells, weights = [], []
-        for size, (lower, upper), argument in zip(self.sizes, self.limits, arguments, strict=True):
-            width = (upper - lower) / (size - 1)
-            scaled = (argument - lower) / width
-            if self.periodic:
+        for size, (lower, upper), argument in axes:
+            scaled = (argument - lower) / ((upper - lower) / (size - 1))
+            if inside is None:
                 scaled = scaled - (size - 1) * torch.floor(scaled.detach() / (size - 1))
             else:
-                # What is not a number stays so.
-                within = ~((argument < lower) | (argument > upper))
-                inside = within if inside is None else inside & within
-                scaled = torch.where(within, scaled, 0.0)
+                scaled = torch.where(inside, scaled, 0.0)
             cell = torch.nan_to_num(scaled.detach()).floor().clamp(0, size - 2)
             cells.append(cell.long())
             weights.append(_hermite(scaled - cell))

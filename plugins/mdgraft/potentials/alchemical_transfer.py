@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._units import NANOMETER
+from mdgraft.kernels.observe import observe
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm, parameter_key
 from mdgraft.potentials.term import AbstractTerm
@@ -80,18 +81,32 @@ class AlchemicalTransfer(AbstractCustomTerm):
         variables = self.shared_values(global_values)
         for state in (0, 1):
             moved = positions + self._displacements(state, positions, values)
-            energy = 0.0 * moved.sum(dim=(-2, -1))
-            for name, term in self.inner_terms().items():
-                cell = box if term.periodic else None
-                own = self.inner_values(name, values)
-                energy = energy + term(moved, cell, own, global_values)
+            energy = self._inner(moved, box, values, global_values)
             finite = torch.isfinite(energy)
+            if not bool(observe(_all_finite, lambda found, _: found.all(), energy)):
+                # A mask alone would turn infinite derivatives into NaN.
+                moved = torch.where(finite[:, None, None], moved, positions)
+                energy = self._inner(moved, box, values, global_values)
             variables[f"u{state}"] = torch.where(finite, energy, _LARGEST)
         result = self.energy(variables)
         # Both states count, whichever the expression uses.
         return result.expand_as(variables["u0"]) + 0.0 * (
             values["displacement0"].sum() + values["displacement1"].sum()
         )
+
+    def _inner(
+        self,
+        moved: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Energy of the terms inside ``(frames,)``."""
+        energy = 0.0 * moved.sum(dim=(-2, -1))
+        for name, term in self.inner_terms().items():
+            cell = box if term.periodic else None
+            energy = energy + term(moved, cell, self.inner_values(name, values), global_values)
+        return energy
 
     def _displacements(self, state: int, positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """``(frames, N, 3)`` in one of the states."""
@@ -102,3 +117,7 @@ class AlchemicalTransfer(AbstractCustomTerm):
         kind = (self.destinations[:, 1] >= 0) & (self.origins[:, 1] >= 0)
         here = ((to >= 0) & (by >= 0)).unsqueeze(-1)
         return torch.where(kind.unsqueeze(-1), torch.where(here, offset, 0.0), fixed)
+
+
+def _all_finite(energy: Tensor) -> Tensor:
+    return torch.isfinite(energy).all()

@@ -73,13 +73,15 @@ def _bend(
     cross, dot = torch.linalg.cross(first, second), (first * second).sum(dim=-1)
     straight = vanishes(cross)
     sine = safe_norm(torch.where(straight.unsqueeze(-1), 0.0, cross))
-    return polar_angle(sine, dot, 0.0), straight, cross, dot
+    return polar_angle(sine, dot, 0.5 * math.pi), straight, cross, dot
 
 
 def angle(positions: Tensor, box: Tensor | None, particles: Tensor) -> Tensor:
     """Angles between 0 and pi, ``(frames, n)`` [radian].
 
     Where the three particles are collinear the angle has a cusp; there its derivatives are zero.
+    Where the vertex coincides with another particle there is no angle; the value is pi/2, as on
+    OpenMM's Reference platform, and its derivatives are zero.
 
     Parameters
     ----------

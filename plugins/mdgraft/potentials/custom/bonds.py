@@ -84,6 +84,7 @@ def per_frame(
     """
     total = energies.expand_as(example).sum(dim=-1)
     for value in values.values():
-        total = total + 0.0 * value.sum()
+        # The sum of nothing, which stays zero where a value is infinite.
+        total = total + value.flatten()[:0].sum()
     result: Tensor = total + 0.0 * example.sum(dim=-1)
     return result

@@ -76,7 +76,8 @@ class CustomCompoundBond(AbstractCustomTerm):
                 *parameters,
                 *global_names,
             ),
-            functions=POINT_FUNCTIONS | self.arities,
+            # A table cannot hide these, unlike functions of the language.
+            functions=self.arities | POINT_FUNCTIONS,
             geometry=GEOMETRY,
             labels=self.labels,
             where=where,
@@ -99,7 +100,7 @@ class CustomCompoundBond(AbstractCustomTerm):
         variables |= coordinates(self.labels, points, self.particles, self.energy.variables)
         variables |= measure_calls(self.energy.calls, self.labels, points, box, self.particles)
         functions = {name: point_function(name, box) for name in POINT_FUNCTIONS}
-        energies = self.energy(variables, functions | self.functions(values), like=points)
+        energies = self.energy(variables, self.functions(values) | functions, like=points)
         example = points.new_zeros(points.shape[0], self.particles.shape[0])
         unused = 0.0 * points.sum(dim=(-2, -1))
         return per_frame(self, energies, example, values) + unused
