@@ -15,7 +15,7 @@ from mdgraft.potentials.amoeba.generalized_kirkwood import GeneralizedKirkwood
 from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_openmm._converter import Host, global_key, number
-from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class
+from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class, uses_box
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -206,7 +206,7 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
         {key: value.detach().clone() for key, value in values.items()},
         units=native.units if native is not None else {},
         global_names=tuple(map(global_key, engine.global_defaults)),
-        periodic=native.periodic if native is not None else _periodic(force),
+        periodic=native.periodic if native is not None else uses_box(force),
         borrows=borrows,
     )
 
@@ -220,14 +220,6 @@ _PROPERTIES = (
     "DeterministicForces",
     "UseCpuPme",
 )
-
-
-def _periodic(force: openmm.Force) -> bool:
-    try:
-        return bool(force.usesPeriodicBoundaryConditions())
-    except openmm.OpenMMException:
-        # A class that does not say may use the box.
-        return False
 
 
 def _routes(forces: Mapping[str, openmm.Force], route: str | Mapping[str, str]) -> dict[str, str]:

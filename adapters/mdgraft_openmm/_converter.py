@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
-from mdgraft import InvalidInputError
+from mdgraft import BoxTooSmallError, InvalidInputError
 from mdgraft.potentials import AbstractTerm
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class AbstractConverter(abc.ABC):
 
     #: Parameters in each entry of which the energy is a polynomial of at most the fourth degree.
     polynomial: frozenset[str] = frozenset()
+    #: Parameters whose derivative at zero is defined as zero where there is none, as of a root.
+    flat_at_zero: frozenset[str] = frozenset()
 
     @abc.abstractmethod
     def read(self, force: Any, host: Host) -> AbstractTerm:
@@ -112,6 +115,26 @@ def changed_scalars(values: Values, force: Any, getters: Mapping[str, str]) -> l
         for key, name in getters.items()
         if float(values[key]) != number(getattr(force, f"get{name}")())
     ]
+
+
+def checked_cutoff(force: Any, host: Host) -> float:
+    """The cutoff [nm] of a force that knows NoCutoff; infinite where there is none."""
+    method = force.getNonbondedMethod()
+    if method == force.NoCutoff:
+        return math.inf
+    cutoff = number(force.getCutoffDistance())
+    if not cutoff > 0:
+        raise InvalidInputError(
+            f"{force.getName()}: has a cutoff of {cutoff:g} nm, which must be positive"
+        )
+    vectors = host.system.getDefaultPeriodicBoxVectors()
+    shortest = min(number(vectors[d][d]) for d in range(3))
+    if method == force.CutoffPeriodic and cutoff > 0.5 * shortest:
+        raise BoxTooSmallError(
+            f"{force.getName()}: has a cutoff of {cutoff:g} nm, but half of the default box is "
+            f"{0.5 * shortest:g} nm; use a larger box or a shorter cutoff"
+        )
+    return cutoff
 
 
 def vectors(array: np.ndarray) -> list[openmm.Vec3]:

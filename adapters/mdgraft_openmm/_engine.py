@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from mdgraft import InvalidInputError, MissingBoxError, UnsupportedDerivativeError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
-from mdgraft_openmm._converter import AbstractConverter, number
+from mdgraft_openmm._converter import AbstractConverter, global_key, number
 from mdgraft_openmm._copies import (
     faithful_copy,
     foreign_classes,
@@ -31,8 +32,11 @@ _FIVE_POINTS: tuple[tuple[float, float], ...] = (
     (4.0, -1 / 4),
 )
 # Of a parameter in which the energy is a polynomial any step is exact; a large one rounds least.
-_LARGE_STEP, _SMALL_STEP = 0.25, 1e-3
-_BOX_STEP = 1e-4
+_LARGE_STEP = 0.25
+# Force groups while a force is evaluated.
+_OWN, _OTHERS = 0, 1
+# Forces that are evaluated where they are may share a System.
+_IN_PLACE = threading.RLock()
 _REDUCED = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2))
 
 
@@ -76,9 +80,13 @@ class ForceEngine:
         self._companions = dict(companions or {})
         self._names = tuple(names)
         self._platform, self._properties = platform, dict(properties)
-        self._system, self._force, self._group = _alone(system, index)
+        self._system, self._force = _alone(system, index)
         self._copied = self._system is not system
         self._pointer = _pointer(self._force)
+        self._lock = threading.RLock() if self._copied else _IN_PLACE
+        # A System that is no copy places its virtual sites itself, and moves their forces.
+        n_particles = 0 if self._copied else system.getNumParticles()
+        self._sites = [i for i in range(n_particles) if system.isVirtualSite(i)]
         self._last: tuple[list[np.ndarray], np.ndarray, np.ndarray] | None = None
         self._open()
         self.global_defaults = self._own_globals()
@@ -90,6 +98,7 @@ class ForceEngine:
         self._written: list[np.ndarray] | None = None
         double = platform == "Reference" or properties.get("Precision") == "double"
         self._steps = Steps() if double else Steps(positions=1e-3, box=1e-3, parameters=2e-2)
+        self._small_step, self._rounding = (1e-3, 2e-16) if double else (5e-3, 1e-7)
 
     @property
     def steps(self) -> Steps:
@@ -105,24 +114,30 @@ class ForceEngine:
 
     def energies(self, arrays: Arrays) -> np.ndarray:
         """Energies ``(F,)``."""
-        return self._evaluate(arrays)[0]
+        with self._lock:
+            return self._evaluate(arrays)[0]
 
     def gradients(self, arrays: Arrays, wanted: Sequence[bool]) -> list[np.ndarray | None]:
         """Forces from OpenMM, declared derivatives from OpenMM, the rest by differences."""
-        found: list[np.ndarray | None] = [None] * len(arrays)
-        if wanted[0]:
-            found[0] = -self._evaluate(arrays)[1]
-        if wanted[1]:
-            found[1] = self._box(arrays, None)
-        for k in range(2, len(arrays)):
-            if wanted[k]:
-                found[k] = self._parameter(arrays, k, None)
+        with self._lock:
+            found = self._derivatives(arrays, wanted, None)
+            if wanted[0]:
+                found[0] = -self._evaluate(arrays)[1]
         return found
 
     def mixed(
         self, arrays: Arrays, wanted: Sequence[bool], along: np.ndarray
     ) -> list[np.ndarray | None]:
         """Differences of the forces along a direction ``(F, N, 3)``."""
+        with self._lock:
+            return self._derivatives(arrays, wanted, along)
+
+    # Differences -------------------------------------------------------------------------------
+
+    def _derivatives(
+        self, arrays: Arrays, wanted: Sequence[bool], along: np.ndarray | None
+    ) -> list[np.ndarray | None]:
+        """Those in box and parameters."""
         found: list[np.ndarray | None] = [None] * len(arrays)
         if wanted[1]:
             found[1] = self._box(arrays, along)
@@ -130,8 +145,6 @@ class ForceEngine:
             if wanted[k]:
                 found[k] = self._parameter(arrays, k, along)
         return found
-
-    # Differences -------------------------------------------------------------------------------
 
     def _scalar(self, arrays: Arrays, along: np.ndarray | None) -> np.ndarray:
         """Energy of each frame, or its derivative along a change of the positions."""
@@ -142,14 +155,14 @@ class ForceEngine:
         return result
 
     def _box(self, arrays: Arrays, along: np.ndarray | None) -> np.ndarray:
-        box = arrays[1]
+        box, step = arrays[1], self._steps.box
         gradient = np.zeros_like(box)
         for i, j in _REDUCED if box.size else ():
             for t, weight in FOUR_POINTS:
                 moved = box.copy()
-                moved[:, i, j] += t * _BOX_STEP
+                moved[:, i, j] += t * step
                 values = self._scalar([arrays[0], moved, *arrays[2:]], along)
-                gradient[:, i, j] += weight / _BOX_STEP * values
+                gradient[:, i, j] += weight / step * values
         return gradient
 
     def _parameter(self, arrays: Arrays, k: int, along: np.ndarray | None) -> np.ndarray:
@@ -164,23 +177,60 @@ class ForceEngine:
         gradient = np.zeros((arrays[0].shape[0], *array.shape))
         for entry in np.ndindex(array.shape):
             size = max(abs(float(array[entry])), 0.1 * typical)
-            step = size * (_LARGE_STEP if polynomial else _SMALL_STEP)
-            stencil = FOUR_POINTS
-            if not self._allowed(arrays, k, entry, -2 * step):
-                stencil = _FIVE_POINTS
-                if not self._allowed(arrays, k, entry, 4 * step):
-                    raise UnsupportedDerivativeError(
-                        f"{self._force.getName()}.{name}: OpenMM accepts no other value of entry "
-                        f"{list(entry)} alone, so that there is no difference to take; freeze it, "
-                        "or use the native route"
-                    )
-            elif not self._allowed(arrays, k, entry, 2 * step):
-                step, stencil = -step, _FIVE_POINTS
-            for t, weight in stencil:
-                moved = _changed(arrays, k, entry, t * step)
-                gradient[(slice(None), *entry)] += weight / step * self._scalar(moved, along)
+            step = size * (_LARGE_STEP if polynomial else self._small_step)
+            gradient[(slice(None), *entry)] = self._difference(arrays, k, entry, step, along)
         self._set(arrays)
         return gradient
+
+    def _difference(
+        self,
+        arrays: Arrays,
+        k: int,
+        entry: tuple[int, ...],
+        step: float,
+        along: np.ndarray | None,
+    ) -> np.ndarray:
+        """Slope in one entry of each frame's scalar: central, or one-sided at a border."""
+
+        def slope(size: float, stencil: Sequence[tuple[float, float]]) -> np.ndarray:
+            moved = ((_changed(arrays, k, entry, t * size), weight) for t, weight in stencil)
+            parts = [weight / size * self._scalar(a, along) for a, weight in moved]
+            scale.append(np.abs(parts).max(initial=0.0))
+            result: np.ndarray = np.sum(parts, axis=0)
+            return result
+
+        why: Exception | str = "OpenMM accepts no other value"
+        scale: list[float] = []
+        for size, stencil in ((step, FOUR_POINTS), (step, _FIVE_POINTS), (-step, _FIVE_POINTS)):
+            ends = (stencil[0][0], stencil[-1][0])
+            if not all(self._allowed(arrays, k, entry, t * size) for t in ends if t):
+                continue
+            try:
+                found = slope(size, stencil)
+                if not np.isfinite(found).all():
+                    why = "its energy there, or near there, is not finite"
+                    continue
+                # A border may be where a root starts, with a vertical tangent.
+                if stencil is _FIVE_POINTS:
+                    nearer = slope(size / 4, stencil)
+                    noise = 1e3 * self._rounding * scale[-1]
+                    change = np.abs(found - nearer)
+                    if (change > 1e-3 * np.abs(nearer) + noise).any():
+                        why = "differences of OpenMM's energy do not converge there"
+                        continue
+            except InvalidInputError as error:
+                why = error
+                continue
+            return found
+        key, converter = [*self._names, *self._globals][k - 2], self._converter
+        if converter is not None and key in converter.flat_at_zero and arrays[k][entry] == 0:
+            return np.zeros(arrays[0].shape[0])
+        own = [f"{self._force.getName()}.{name}" for name in self._names]
+        name = [*own, *(f"globals.{global_key(name)}" for name in self._globals)][k - 2]
+        raise UnsupportedDerivativeError(
+            f"{name}: no derivative in entry {list(entry)} alone, at "
+            f"{float(arrays[k][entry]):g}: {why}; freeze it, or use the native route"
+        )
 
     def _declared_derivative(self, arrays: Arrays, name: str) -> np.ndarray:
         self._set(arrays)
@@ -217,6 +267,8 @@ class ForceEngine:
             energies.append(number(state.getPotentialEnergy()))
             forces.append(np.array(state.getForces(asNumpy=True)._value, dtype=np.float64))
         result = np.array(energies), np.array(forces).reshape(arrays[0].shape)
+        # Handed to the parents already.
+        result[1][:, self._sites] = 0.0
         self._last = ([array.copy() for array in arrays], *result)
         return result
 
@@ -232,14 +284,16 @@ class ForceEngine:
             )
         if h is not None:
             self._context.setPeriodicBoxVectors(*h)
-        elif self._force.usesPeriodicBoundaryConditions():
+        elif uses_box(self._force):
             raise MissingBoxError(f"{self._force.getName()}: is periodic; pass box vectors")
         self._context.setPositions(x)
+        if self._sites:
+            self._context.computeVirtualSites()
 
     def _state(self, **wanted: bool) -> openmm.State:
         # A force may itself differentiate with torch, and runs where gradients are off.
         with self._in_own_group(), torch.inference_mode(mode=False), torch.enable_grad():
-            return self._context.getState(groups=1 << self._group, **wanted)
+            return self._context.getState(groups=1 << _OWN, **wanted)
 
     def _set(self, arrays: Arrays) -> None:
         """Bring parameters into the Context, if they are not there yet."""
@@ -315,22 +369,43 @@ class ForceEngine:
 
     @contextlib.contextmanager
     def _in_own_group(self) -> Iterator[None]:
-        """The force's group is its owner's business, except while it is evaluated here."""
-        group = self._force.getForceGroup()
-        self._force.setForceGroup(self._group)
+        """Groups are their owner's business, except while the force is evaluated here."""
+        changes: list[tuple[Any, str, int]] = [(self._force, "ForceGroup", _OWN)]
+        for force in [] if self._copied else map(known_class, self._system.getForces()):
+            if _pointer(force) != self._pointer:
+                changes += [
+                    (force, kind, _OTHERS)
+                    for kind in ("ForceGroup", "ReciprocalSpaceForceGroup")
+                    if getattr(force, f"get{kind}", lambda: _OTHERS)() == _OWN
+                ]
+        before = [getattr(force, f"get{kind}")() for force, kind, _ in changes]
         try:
+            for force, kind, group in changes:
+                getattr(force, f"set{kind}")(group)
             yield
         finally:
-            self._force.setForceGroup(group)
+            for (force, kind, _), group in zip(changes, before, strict=True):
+                getattr(force, f"set{kind}")(group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForceEngine:
+        made = object.__new__(type(self))
+        if self._copied:
+            made.__setstate__(self.__getstate__())
+        else:
+            # In a Context of its own of the same System: where the force is, it stays.
+            made.__dict__.update(self.__dict__)
+            made._last = made._written = None
+            made._open()
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
-        if foreign_classes(self._force):
+        if not self._copied:
             raise TypeError(
-                f"{self._force.getName()}: a force of a plug-in can be neither copied nor pickled; "
-                "graft the System again instead"
+                f"{self._force.getName()}: a force of a plug-in, and one whose function cannot be "
+                "pickled, can be copied but not pickled; graft the System again instead"
             )
         state = self.__dict__.copy()
-        del state["_context"], state["_force"]
+        del state["_context"], state["_force"], state["_lock"]
         state["_system"] = openmm.XmlSerializer.serialize(self._system)
         state["_forgotten"] = forgotten_settings(self._system)
         state["_index"] = index_of(self._system, self._force)
@@ -340,14 +415,15 @@ class ForceEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         index, forgotten = state.pop("_index"), state.pop("_forgotten")
         self.__dict__.update(state)
+        self._lock = threading.RLock()
         self._system = openmm.XmlSerializer.deserialize(state["_system"])
         restore_settings(self._system, forgotten)
         self._force = self._system.getForce(index)
         self._open()
 
 
-def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.Force, int]:
-    """A System with little else than a copy of the force, the copy, and a free force group."""
+def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.Force]:
+    """A System with little else than a copy of the force, and the copy."""
     force = known_class(system.getForce(index))
     try:
         if foreign_classes(force):
@@ -362,19 +438,22 @@ def _alone(system: openmm.System, index: int) -> tuple[openmm.System, openmm.For
                 if isinstance(other, COMPANIONS) and _pointer(other) != _pointer(force):
                     copied.addForce(faithful_copy(other))
         for other in copied.getForces():
-            other.setForceGroup(1)
+            other.setForceGroup(_OTHERS)
             if isinstance(other, openmm.NonbondedForce):
                 other.setReciprocalSpaceForceGroup(-1)
-        return copied, copied.getForce(0), 0
+        return copied, copied.getForce(0)
     except Exception:
         # Such as a function that cannot be pickled: evaluate it where it is, among the others.
-        used = {f.getForceGroup() for f in system.getForces()}
-        free = [group for group in range(32) if group not in used]
-        if not free:
-            raise InvalidInputError(
-                f"{force.getName()}: cannot be copied, and all 32 force groups are in use; free one"
-            ) from None
-        return system, force, free[0]
+        return system, force
+
+
+def uses_box(force: openmm.Force) -> bool:
+    """Whether a force says that it is periodic."""
+    try:
+        return bool(force.usesPeriodicBoundaryConditions())
+    except openmm.OpenMMException:
+        # A class that does not say may use the box.
+        return False
 
 
 def _of_ensemble(force: openmm.Force) -> Iterator[str]:

@@ -26,7 +26,7 @@ def read_sites(system: openmm.System) -> VirtualSites | None:
     Raises
     ------
     UnsupportedForceError
-        For a class of virtual site that has no torch form.
+        For a class of virtual site that has no torch form, or that cannot be read.
     InvalidInputError
         If definitions are circular or name particles that do not exist.
     """
@@ -55,7 +55,14 @@ def read_sites(system: openmm.System) -> VirtualSites | None:
 
 def _elements(system: openmm.System) -> dict[int, Element]:
     """Definitions of all virtual sites as OpenMM serialises them."""
-    xml = openmm.XmlSerializer.serialize(system)
+    try:
+        xml = openmm.XmlSerializer.serialize(system)
+    except openmm.OpenMMException as error:
+        raise UnsupportedForceError(
+            "host_object: has virtual sites that OpenMM's Python layer reveals only where it can "
+            f"serialise the System, and it cannot ({error}); define functions at the top level of "
+            "a module, so that they can be pickled"
+        ) from error
     end = "</Particles>"
     particles = fromstring(xml[xml.index("<Particles>") : xml.index(end) + len(end)])
     return {i: particle[0] for i, particle in enumerate(particles) if len(particle)}

@@ -182,6 +182,22 @@ def test_a_state_gives_positions_and_box(tmp_path: Path) -> None:
     assert report.state == str(path)
 
 
+def test_rounding_of_nothing_is_no_difference(tmp_path: Path) -> None:
+    """Torsions of a planar molecule: neither energy nor forces say how large rounding is."""
+    system = new_system()
+    torsions = openmm.PeriodicTorsionForce()
+    for i in range(N - 3):
+        torsions.addTorsion(i, i + 1, i + 2, i + 3, 1 + i % 2, np.pi * (i % 2), 40.0)
+    system.addForce(torsions)
+    positions = np.array([[0.12 * i, 0.05 * (i % 2), 0.0] for i in range(N)])
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001))
+    context.setPositions(positions)
+    state = tmp_path / "state.xml"
+    state.write_text(openmm.XmlSerializer.serialize(context.getState(positions=True)))
+    report = check(save(tmp_path, system), state, gradients=True)
+    assert report.agrees, [row for row in report.comparisons if row.status == "differs"]
+
+
 def test_generated_positions_follow_the_seed() -> None:
     first, box = generate_positions(switched(), seed=1)
     again, _ = generate_positions(switched(), seed=1)

@@ -3,6 +3,7 @@
 PythonForce among them.
 """
 
+import concurrent.futures
 import copy
 import pickle
 
@@ -13,6 +14,7 @@ import openmm
 import pytest
 import torch
 from mdgraft.testing import check_potential
+from mdgraft_openmm._engine import ForceEngine
 from mdgraft_openmm.forces import CONVERTERS
 
 BOX = np.diag([2.0, 2.1, 2.2])
@@ -252,6 +254,14 @@ def test_host_potential_runs_on_the_platform_of_its_context():
         torch.testing.assert_close(
             potential.forces(x, h).detach(), forces, rtol=0, atol=rtol * forces.abs().max().item()
         )
+        with torch.no_grad():
+            lower, upper = (native(x, h + t * torch.eye(3)) for t in (-1e-5, 1e-5))
+        cell = h.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(potential(x, cell), cell)
+        # Differences of energies that are single precision in part.
+        assert slope.trace().item() == pytest.approx(
+            ((upper - lower) / 2e-5).item(), rel=1e-6 if name == "Reference" else 3e-3
+        )
         # The user's own Context has not moved.
         kept = context.getState(positions=True).getPositions(asNumpy=True)._value
         np.testing.assert_allclose(kept, x.numpy() + 1.0, rtol=1e-6)
@@ -310,14 +320,252 @@ def test_copies_and_pickles():
         torch.testing.assert_close(other.forces(x, h), potential.forces(x, h))
 
 
-def test_third_derivatives_raise():
+def third_by_autograd(energy, x):
+    y = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(energy(y), y, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), y, create_graph=True)
+    return torch.autograd.grad(second.sum(), y)
+
+
+def third_by_backward(energy, x):
+    y = x.clone().requires_grad_()
+    torch.autograd.functional.vhp(energy, y, torch.ones_like(y), create_graph=True)[
+        1
+    ].sum().backward()
+
+
+@pytest.mark.parametrize(
+    "third",
+    [
+        third_by_autograd,
+        third_by_backward,
+        lambda energy, x: torch.func.jacfwd(torch.func.hessian(energy))(x),
+        lambda energy, x: torch.func.jacrev(torch.func.jacfwd(torch.func.jacfwd(energy)))(x),
+    ],
+)
+def test_third_derivatives_raise(third):
     system, x, h = native_system()
     potential = mdgraft.graft(system, route="host").freeze("*")
-    y = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(potential(y, h), y, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), y, create_graph=True)
     with pytest.raises(mdgraft.UnsupportedDerivativeError, match="second order"):
-        torch.autograd.grad(second.sum(), y)
+        third(lambda y: potential(y, h), x)
+
+
+def product(energy, x):
+    """Hessian times vector, by a derivative of the gradient's own backward pass."""
+    return torch.autograd.functional.hvp(energy, x, torch.sin(40 * x))[1]
+
+
+def rows_of_product(energy, x):
+    """What a product depends on linearly is no third derivative."""
+    gradient = torch.func.vjp(torch.func.grad(energy), x)[1]
+    return torch.func.jacrev(lambda v: gradient(v)[0])(torch.sin(40 * x))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        product,
+        rows_of_product,
+        lambda energy, x: torch.func.jacfwd(torch.func.jacfwd(energy))(x),
+        lambda energy, x: torch.func.jacrev(torch.func.jacfwd(energy))(x),
+        lambda energy, x: torch.func.jacrev(torch.func.jacrev(energy))(x),
+    ],
+)
+def test_every_way_to_the_second_order(second):
+    system, x, h = native_system(sites=True)
+    native, host = mdgraft.graft(system), mdgraft.graft(system, route="host")
+    expected, found = second(lambda y: native(y, h), x), second(lambda y: host(y, h), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+
+
+def test_costs_only_what_is_asked_for(monkeypatch):
+    """Trainable parameters cost energies when their derivatives are wanted, not before."""
+    system, x, h = native_system()
+    potential = mdgraft.graft(system, route="host")
+    calls = []
+    state = ForceEngine._state
+
+    def counted(self, **wanted):
+        calls.append(wanted)
+        return state(self, **wanted)
+
+    monkeypatch.setattr(ForceEngine, "_state", counted)
+    y = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(potential(y, h), y, create_graph=True)
+    assert len(calls) == 4
+    torch.autograd.grad(gradient.square().sum(), y, retain_graph=True)
+    assert len(calls) == 12
+    torch.autograd.grad(gradient.sum(), potential.get_parameter("HarmonicBondForce.k"))
+    assert len(calls) <= 12 + 1 + 3 * 4
+
+
+@with_python_force
+def test_python_force_among_forces_of_every_group():
+    """Where it cannot be copied, other forces in its group, or their reciprocal space, stay out."""
+    system, x, h = native_system()
+    nonbonded = next(f for f in system.getForces() if isinstance(f, openmm.NonbondedForce))
+    nonbonded.setReciprocalSpaceForceGroup(1)
+    for group in range(32):
+        restraint = openmm.CustomExternalForce("x")
+        restraint.addParticle(0, [])
+        restraint.setForceGroup(group)
+        system.addForce(restraint)
+    system.addForce(openmm.PythonForce(lambda state: quartic(state), {"k": 2.5}))
+
+    def groups():
+        both = ("getForceGroup", "getReciprocalSpaceForceGroup")
+        return [getattr(f, name)() for f in system.getForces() for name in both if hasattr(f, name)]
+
+    before = groups()
+    energy = mdgraft.graft(system).energy_by_term(x, h)["PythonForce"]
+    torch.testing.assert_close(energy, 2.5 * (x**4).sum(), rtol=1e-12, atol=0)
+    assert groups() == before
+
+
+SITES = {
+    "average": lambda: openmm.TwoParticleAverageSite(0, 1, 0.3, 0.7),
+    "out of plane": lambda: openmm.OutOfPlaneSite(0, 1, 2, 0.3, 0.4, 1.5),
+    "local coordinates": lambda: openmm.LocalCoordinatesSite(
+        [0, 1, 2], [0.2, 0.3, 0.5], [-1, 1, 0], [0, -1, 1], openmm.Vec3(0.1, 0.05, -0.08)
+    ),
+}
+
+
+@with_python_force
+@pytest.mark.parametrize("site", SITES.values(), ids=SITES)
+def test_python_force_on_virtual_sites(site):
+    """Where it cannot be copied, its System hands forces of sites to their parents, once."""
+    answers = []
+    for function in (quartic, lambda state: quartic(state)):
+        system, x, h = native_system(sites=True)
+        system.setVirtualSite(6, site())
+        system.addForce(openmm.PythonForce(function, {"k": 2.5}))
+        potential = mdgraft.graft(system)
+        y, k = x.clone().requires_grad_(), potential.get_parameter("globals.k")
+        energy = potential.energy_by_term(y, h)["PythonForce"]
+        (first,) = torch.autograd.grad(energy, y, create_graph=True)
+        second = torch.autograd.grad((first * torch.sin(40 * x)).sum(), [y, k])
+        answers.append((energy, first, *second))
+    for expected, found in zip(*answers, strict=True):
+        bound = 1e-9 * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+@with_python_force
+def test_symmetry_sites_beside_a_function_that_cannot_be_pickled():
+    system, _, _ = native_system(sites=True)
+    axes = [openmm.Vec3(*row) for row in np.eye(3)]
+    system.setVirtualSite(6, openmm.SymmetrySite(0, *axes, openmm.Vec3(0, 0, 1), False))
+    mdgraft.graft(system)
+    system.addForce(openmm.PythonForce(lambda state: quartic(state), {"k": 2.5}))
+    with pytest.raises(mdgraft.UnsupportedForceError, match="top level of a module"):
+        mdgraft.graft(system)
+
+
+@with_python_force
+def test_threads_take_turns():
+    """OpenMM lets other threads run while it computes."""
+    system, x, h = native_system()
+    system.addForce(openmm.PythonForce(lambda state: quartic(state), {"k": 2.5}))
+    potential = mdgraft.graft(system, route="host").freeze("*")
+    frames = x + 0.02 * torch.sin(torch.arange(60.0).double()[:, None, None] * torch.ones(6, 3))
+
+    def answer(frame):
+        y = frame.clone().requires_grad_()
+        energy = potential(y, h)
+        return torch.cat([energy[None], torch.autograd.grad(energy, y)[0].reshape(-1)]).detach()
+
+    expected = torch.stack(list(map(answer, frames)))
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        found = torch.stack(list(executor.map(answer, frames)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+
+
+@with_python_force
+def test_class_that_does_not_say_whether_it_is_periodic(monkeypatch):
+    def silent(self):
+        raise openmm.OpenMMException("This Force does not implement it")
+
+    system, x, _ = native_system()
+    while system.getNumForces():
+        system.removeForce(0)
+    system.addForce(openmm.PythonForce(quartic, {"k": 2.5}))
+    monkeypatch.setattr(openmm.PythonForce, "usesPeriodicBoundaryConditions", silent)
+    torch.testing.assert_close(mdgraft.graft(system)(x), 2.5 * (x**4).sum(), rtol=1e-12, atol=0)
+
+
+@with_python_force
+def test_function_that_cannot_be_pickled():
+    system, x, h = native_system()
+    system.addForce(openmm.PythonForce(lambda state: quartic(state), {"k": 2.5}))
+    potential = mdgraft.graft(system)
+    other = copy.deepcopy(potential)
+    with torch.no_grad():
+        other.get_parameter("globals.k").fill_(5.0)
+    for p, k in ((other, 5.0), (potential, 2.5), (other, 5.0)):
+        energy = p.energy_by_term(x, h)["PythonForce"]
+        torch.testing.assert_close(energy, k * (x**4).sum(), rtol=1e-12, atol=0)
+    with pytest.raises(TypeError, match="PythonForce: .* can be copied but not pickled"):
+        pickle.dumps(potential)
+
+
+@with_python_force
+@pytest.mark.parametrize("kind", ["CustomCVForce", "ATMForce"])
+def test_function_that_cannot_be_pickled_inside_another_force(kind):
+    """OpenMM itself wants to copy it."""
+    system, _, _ = native_system()
+    inner = openmm.PythonForce(lambda state: quartic(state), {"k": 2.5})
+    if kind == "CustomCVForce":
+        force = openmm.CustomCVForce("v")
+        force.addCollectiveVariable("v", inner)
+    else:
+        force = openmm.ATMForce("u0")
+        force.addForce(inner)
+        for _ in range(6):
+            force.addParticle()
+    system.addForce(force)
+    with pytest.raises(mdgraft.InvalidInputError, match=f"{kind}: OpenMM cannot run it"):
+        mdgraft.graft(system)
+
+
+def bounded(state):
+    """Defined for 0 <= k <= 1 only."""
+    k, x = state.getParameters()["k"], state.getPositions(asNumpy=True)._value
+    if not 0 <= k <= 1:
+        raise ValueError("k is out of range")
+    return k**2 * np.sum(x**2), -2 * k**2 * x
+
+
+@with_python_force
+@pytest.mark.parametrize("k", [0.0, 0.4, 1.0])
+def test_global_parameter_at_its_border(k):
+    system, x, h = native_system()
+    system.addForce(openmm.PythonForce(bounded, {"k": k}))
+    potential = mdgraft.graft(system)
+    energy = potential.energy_by_term(x, h)["PythonForce"]
+    (slope,) = torch.autograd.grad(energy, potential.get_parameter("globals.k"))
+    truth = 2 * k * (x**2).sum().item()
+    assert slope.item() == pytest.approx(truth, rel=1e-10, abs=1e-10)
+
+
+def test_roots_at_zero():
+    """What has no derivative is zero by definition, as natively, or refused; never a number."""
+    system, x, h = native_system()
+    force = next(f for f in system.getForces() if isinstance(f, openmm.NonbondedForce))
+    # The second has an offset, and so a derivative.
+    for i in (0, 1):
+        force.setParticleParameters(i, 0.2, 0.25, 0.0)
+    native, host = mdgraft.graft(system), mdgraft.graft(system, route="host")
+    name = "NonbondedForce.epsilon"
+    slopes = [
+        torch.autograd.grad(p(x, h), p.get_parameter(name))[0]
+        for p in (native, host.freeze("globals.*"))
+    ]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-8, atol=1e-8)
+    force.setGlobalParameterDefaultValue(0, 0.0)
+    host = mdgraft.graft(system, route="host")
+    with pytest.raises(mdgraft.UnsupportedDerivativeError, match=r"globals\.lambda: .* freeze it"):
+        torch.autograd.grad(host(x, h), host.get_parameter("globals.lambda"))
 
 
 @pytest.mark.parametrize(

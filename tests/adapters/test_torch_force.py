@@ -1,6 +1,7 @@
 """TorchForce of the openmm-torch plug-in, evaluated by OpenMM inside the graph."""
 
 import copy
+import pickle
 
 import mdgraft
 import numpy as np
@@ -58,8 +59,9 @@ def test_with_a_global_parameter(tmp_path):
     torch.testing.assert_close(hessian, truth, rtol=0, atol=1e-3 * truth.abs().max().item())
     with torch.inference_mode():
         assert torch.isfinite(potential(x))
-    with pytest.raises(TypeError, match="neither copied nor pickled"):
-        copy.deepcopy(potential)
+    torch.testing.assert_close(copy.deepcopy(potential)(x), potential(x))
+    with pytest.raises(TypeError, match="TorchForce: a force of a plug-in"):
+        pickle.dumps(potential)
     system.removeForce(1)
     with pytest.raises(mdgraft.InvalidInputError, match="was removed from its System"):
         potential(x + 0.1)

@@ -246,6 +246,20 @@ def test_what_a_host_refuses_is_said() -> None:
     assert box.detail == "not zx, which the host refuses"
 
 
+def test_jumps_of_the_energy_are_no_slope() -> None:
+    """As where many pairs cross a plain cutoff, a few for each step of the box."""
+    plain = numpy_host()
+
+    def energies(x: np.ndarray, box: np.ndarray | None, terms: Any) -> dict[str, float]:
+        assert box is not None
+        jumps = np.round((box - BOX.numpy()).sum() / 4e-6)
+        return {"bonds": plain.energies(x, box, terms)["bonds"] + 4e-6 * 1e-2 * jumps}
+
+    host = HostFunctions(energies=energies, forces=plain.forces)
+    rows = compare_with_host(make(), POSITIONS.numpy(), BOX.numpy(), host)
+    assert {row.status for row in rows} == {"agrees"}
+
+
 class Singular(AbstractTerm):
     """``sqrt(epsilon)``, which has no derivative at zero."""
 

@@ -13,7 +13,7 @@ from mdgraft.lepton import ContinuousTable, DiscreteTable, TabulatedFunction
 from mdgraft.potentials.custom.base import parameter_keys
 from torch import Tensor
 
-from mdgraft_openmm._converter import Values, number
+from mdgraft_openmm._converter import Values, checked_indices, number
 
 _CONTINUOUS = (
     openmm.Continuous1DFunction,
@@ -32,6 +32,19 @@ def item_names(force: Any, item: str) -> tuple[str, ...]:
     """Names of the per-item parameters; ``item`` is ``"Bond"``, ``"Particle"``, ``"Donor"``..."""
     count = getattr(force, f"getNumPer{item}Parameters")()
     return tuple(getattr(force, f"getPer{item}ParameterName")(i) for i in range(count))
+
+
+def checked_exclusions(force: Any, n_particles: int) -> Tensor:
+    """Excluded pairs ``(exclusions, 2)``; each may be given only once."""
+    rows = [force.getExclusionParticles(i) for i in range(force.getNumExclusions())]
+    pairs = checked_indices(force.getName(), rows, 0, 1, n_particles=n_particles)
+    unique, counts = torch.unique(pairs.sort(dim=-1).values, dim=0, return_counts=True)
+    if bool((counts > 1).any()):
+        raise InvalidInputError(
+            f"{force.getName()}: particles {unique[counts > 1][0].tolist()} have more than one "
+            "exclusion; remove all but one"
+        )
+    return pairs
 
 
 def item_parameters(
@@ -61,10 +74,15 @@ def item_rows(values: Values, names: Sequence[str], n_items: int) -> np.ndarray:
 
 def tables(force: Any) -> dict[str, tuple[TabulatedFunction, Tensor]]:
     """Tabulated functions and their values by name."""
-    return {
-        force.getTabulatedFunctionName(i): _read_table(force.getTabulatedFunction(i))
-        for i in range(force.getNumTabulatedFunctions())
-    }
+    found = {}
+    for i in range(force.getNumTabulatedFunctions()):
+        name = force.getTabulatedFunctionName(i)
+        if name in found:
+            raise InvalidInputError(
+                f"{force.getName()}: two tabulated functions are called {name!r}; rename one"
+            )
+        found[name] = _read_table(force.getTabulatedFunction(i))
+    return found
 
 
 def refused_tables(force: Any, values: Values, names: Sequence[str]) -> str | None:

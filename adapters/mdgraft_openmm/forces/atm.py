@@ -35,7 +35,10 @@ class ATMConverter(AbstractConverter):
             raise InvalidInputError(
                 f"{name}: has {force.getNumParticles()} particles, the System {n}"
             )
-        foreign = foreign_classes(force)
+        try:
+            foreign = foreign_classes(force)
+        except openmm.OpenMMException as error:
+            raise UnsupportedForceError(f"{name}: cannot be copied ({error})") from error
         if foreign:
             raise UnsupportedForceError(
                 f"{name}: no native torch form for {', '.join(foreign)} inside it"

@@ -7,14 +7,15 @@ from mdgraft import InvalidInputError
 from mdgraft.potentials.custom.gb import Computation, CustomGB, Step
 from mdgraft.potentials.nonbonded import Method
 
-from mdgraft_openmm._converter import AbstractConverter, Host, Values
-from mdgraft_openmm.forces._custom import global_names, item_names, refused_tables, tables
-from mdgraft_openmm.forces.custom_nonbonded import (
-    checked_cutoff,
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_cutoff
+from mdgraft_openmm.forces._custom import (
     checked_exclusions,
-    particle_parameters,
-    write_particles,
+    global_names,
+    item_names,
+    refused_tables,
+    tables,
 )
+from mdgraft_openmm.forces.custom_nonbonded import particle_parameters, write_particles
 
 _METHODS = {
     openmm.CustomGBForce.NoCutoff: Method.NO_CUTOFF,
@@ -59,7 +60,7 @@ class CustomGBConverter(AbstractConverter):
             ],
             exclusions=checked_exclusions(force, n),
             method=method,
-            cutoff=checked_cutoff(force, host, method),
+            cutoff=checked_cutoff(force, host),
             global_names=global_names(force),
             tables=tables(force),
             where=force.getName(),

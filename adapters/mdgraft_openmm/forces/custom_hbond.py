@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import openmm
 import torch
 from mdgraft import InvalidInputError
 from mdgraft.potentials.custom.base import parameter_keys
 from mdgraft.potentials.custom.hbond import CustomHbond
 
-from mdgraft_openmm._converter import AbstractConverter, Host, Values, indices, number
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_cutoff, indices
 from mdgraft_openmm.forces._custom import (
     global_names,
     item_names,
@@ -37,13 +35,19 @@ class CustomHbondConverter(AbstractConverter):
                         f"from 0 to {n - 1}, or -1 for a second or third one that is not there"
                     )
         pairs = [force.getExclusionParticles(i) for i in range(force.getNumExclusions())]
+        seen: set[tuple[int, int]] = set()
         for i, (donor, acceptor) in enumerate(pairs):
             if not (0 <= donor < len(donors) and 0 <= acceptor < len(acceptors)):
                 raise InvalidInputError(
                     f"{name}: exclusion {i} refers to donor {donor} and acceptor {acceptor}, but "
                     f"there are {len(donors)} and {len(acceptors)}"
                 )
-        method = force.getNonbondedMethod()
+            if (donor, acceptor) in seen:
+                raise InvalidInputError(
+                    f"{name}: donor {donor} and acceptor {acceptor} have more than one exclusion; "
+                    "remove all but one"
+                )
+            seen.add((donor, acceptor))
         return CustomHbond(
             force.getEnergyFunction(),
             indices(donors, 0, 1, 2),
@@ -51,8 +55,8 @@ class CustomHbondConverter(AbstractConverter):
             item_parameters(force, item_names(force, "Donor"), [row[3] for row in donors]),
             item_parameters(force, item_names(force, "Acceptor"), [row[3] for row in acceptors]),
             exclusions=torch.tensor([list(p) for p in pairs], dtype=torch.long).reshape(-1, 2),
-            cutoff=math.inf if method == force.NoCutoff else number(force.getCutoffDistance()),
-            periodic=method == force.CutoffPeriodic,
+            cutoff=checked_cutoff(force, host),
+            periodic=force.getNonbondedMethod() == force.CutoffPeriodic,
             global_names=global_names(force),
             tables=tables(force),
             where=f"{name}: energy function",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import openmm
 from mdgraft import InvalidInputError
 from mdgraft.potentials.custom.many_particle import CustomManyParticle, SetRules
 
-from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_indices, number
+from mdgraft_openmm._converter import AbstractConverter, Host, Values, checked_cutoff
 from mdgraft_openmm.forces._custom import (
+    checked_exclusions,
     global_names,
     item_names,
     item_parameters,
@@ -33,21 +32,19 @@ class CustomManyParticleConverter(AbstractConverter):
             )
         particles = [force.getParticleParameters(i) for i in range(n)]
         size = force.getNumParticlesPerSet()
-        pairs = [force.getExclusionParticles(i) for i in range(force.getNumExclusions())]
-        method = force.getNonbondedMethod()
         rules = SetRules(
             size=size,
             central=force.getPermutationMode() == force.UniqueCentralParticle,
             types=np.array([kind for _, kind in particles], dtype=np.int64),
             filters=tuple(frozenset(force.getTypeFilter(i)) for i in range(size)),
-            exclusions=checked_indices(name, pairs, 0, 1, n_particles=n).numpy(),
-            cutoff=math.inf if method == force.NoCutoff else number(force.getCutoffDistance()),
+            exclusions=checked_exclusions(force, n).numpy(),
+            cutoff=checked_cutoff(force, host),
         )
         return CustomManyParticle(
             force.getEnergyFunction(),
             item_parameters(force, item_names(force, "Particle"), [row for row, _ in particles]),
             rules=rules,
-            periodic=method == force.CutoffPeriodic,
+            periodic=force.getNonbondedMethod() == force.CutoffPeriodic,
             global_names=global_names(force),
             tables=tables(force),
             where=f"{name}: energy function",

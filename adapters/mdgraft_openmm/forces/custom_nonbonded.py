@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import openmm
 import torch
@@ -17,11 +15,12 @@ from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,
     Values,
-    checked_indices,
+    checked_cutoff,
     global_key,
     number,
 )
 from mdgraft_openmm.forces._custom import (
+    checked_exclusions,
     global_names,
     item_names,
     item_parameters,
@@ -46,7 +45,7 @@ class CustomNonbondedConverter(AbstractConverter):
         name, n = force.getName(), host.system.getNumParticles()
         parameters = particle_parameters(force, n)
         method = _METHODS[force.getNonbondedMethod()]
-        cutoff = checked_cutoff(force, host, method)
+        cutoff = checked_cutoff(force, host)
         switching = None
         if force.getUseSwitchingFunction():
             distance = number(force.getSwitchingDistance())
@@ -118,38 +117,6 @@ def write_particles(values: Values, force: openmm.Force) -> None:
     for i, row in enumerate(item_rows(values, names, force.getNumParticles()).tolist()):
         force.setParticleParameters(i, row)
     write_tables(force, values, names)
-
-
-def checked_exclusions(force: openmm.Force, n_particles: int) -> Tensor:
-    """Excluded pairs ``(exclusions, 2)``; each may be given only once."""
-    rows = [force.getExclusionParticles(i) for i in range(force.getNumExclusions())]
-    pairs = checked_indices(force.getName(), rows, 0, 1, n_particles=n_particles)
-    unique, counts = torch.unique(pairs.sort(dim=-1).values, dim=0, return_counts=True)
-    if bool((counts > 1).any()):
-        raise InvalidInputError(
-            f"{force.getName()}: particles {unique[counts > 1][0].tolist()} have more than one "
-            "exclusion; remove all but one"
-        )
-    return pairs
-
-
-def checked_cutoff(force: openmm.Force, host: Host, method: Method) -> float:
-    """The cutoff [nm], infinite where there is none."""
-    if method is Method.NO_CUTOFF:
-        return math.inf
-    cutoff = number(force.getCutoffDistance())
-    if not cutoff > 0:
-        raise InvalidInputError(
-            f"{force.getName()}: has a cutoff of {cutoff:g} nm, which must be positive"
-        )
-    vectors = host.system.getDefaultPeriodicBoxVectors()
-    shortest = min(number(vectors[d][d]) for d in range(3))
-    if method.periodic and cutoff > 0.5 * shortest:
-        raise InvalidInputError(
-            f"{force.getName()}: has a cutoff of {cutoff:g} nm, but half of the default box is "
-            f"{0.5 * shortest:g} nm; use a larger box or a shorter cutoff"
-        )
-    return cutoff
 
 
 def present_globals(

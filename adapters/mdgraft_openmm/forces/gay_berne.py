@@ -14,6 +14,7 @@ from mdgraft_openmm._converter import (
     Host,
     Values,
     changed_scalars,
+    checked_cutoff,
     checked_indices,
     column,
     indices,
@@ -28,6 +29,7 @@ class GayBerneConverter(AbstractConverter):
     """GayBerneForce <-> GayBerne."""
 
     polynomial = frozenset({"exception_epsilon"})
+    flat_at_zero = frozenset({"epsilon"})
 
     def read(self, force: openmm.GayBerneForce, host: Host) -> GayBerne:
         """Build the term."""
@@ -44,8 +46,7 @@ class GayBerneConverter(AbstractConverter):
         pairs = checked_indices(name, exceptions, 0, 1, n_particles=n)
         if len(torch.unique(pairs.sort(dim=-1).values, dim=0)) != len(pairs):
             raise InvalidInputError(f"{name}: two particles have more than one exception")
-        method = force.getNonbondedMethod()
-        cutoff = number(force.getCutoffDistance())
+        switching_cutoff = number(force.getCutoffDistance())
         distance = scalar(force.getSwitchingDistance())
         return GayBerne(
             column(particles, 0),
@@ -56,9 +57,9 @@ class GayBerneConverter(AbstractConverter):
             exceptions=pairs,
             exception_sigma=column(exceptions, 2),
             exception_epsilon=column(exceptions, 3),
-            cutoff=math.inf if method == force.NoCutoff else cutoff,
-            switching=(distance, cutoff) if force.getUseSwitchingFunction() else None,
-            periodic=method == force.CutoffPeriodic,
+            cutoff=checked_cutoff(force, host),
+            switching=(distance, switching_cutoff) if force.getUseSwitchingFunction() else None,
+            periodic=force.getNonbondedMethod() == force.CutoffPeriodic,
         )
 
     def write(self, values: Values, force: openmm.GayBerneForce) -> None:

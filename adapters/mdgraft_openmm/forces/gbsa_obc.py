@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import openmm
 from mdgraft import InvalidInputError
 from mdgraft.potentials.obc import GeneralizedBornOBC
@@ -13,8 +11,8 @@ from mdgraft_openmm._converter import (
     Host,
     Values,
     changed_scalars,
+    checked_cutoff,
     column,
-    number,
     scalar,
 )
 
@@ -39,14 +37,13 @@ class GBSAOBCConverter(AbstractConverter):
                 f"{force.getName()}: has {force.getNumParticles()} particles, the System {n}"
             )
         rows = [force.getParticleParameters(i) for i in range(n)]
-        method = force.getNonbondedMethod()
         return GeneralizedBornOBC(
             *(column(rows, c) for c in range(3)),
             solute_dielectric=scalar(force.getSoluteDielectric()),
             solvent_dielectric=scalar(force.getSolventDielectric()),
             surface_area_energy=scalar(force.getSurfaceAreaEnergy()),
-            cutoff=math.inf if method == force.NoCutoff else number(force.getCutoffDistance()),
-            periodic=method == force.CutoffPeriodic,
+            cutoff=checked_cutoff(force, host),
+            periodic=force.getNonbondedMethod() == force.CutoffPeriodic,
         )
 
     def write(self, values: Values, force: openmm.GBSAOBCForce) -> None:
@@ -55,6 +52,17 @@ class GBSAOBCConverter(AbstractConverter):
             force.setParticleParameters(i, *(values[key][i] for key in _PARTICLE))
         for key, name in _SCALARS.items():
             getattr(force, f"set{name}")(float(values[key]))
+
+    def refused(self, values: Values, force: openmm.GBSAOBCForce) -> str | None:
+        """Find what no Context accepts."""
+        for key in ("radius", "scaling_factor"):
+            if (values[key] <= 0).any():
+                i = int(values[key].argmin())
+                return (
+                    f"{force.getName()}.{key}: entry {i} is {values[key][i]:g}; OpenMM accepts "
+                    "only positive values"
+                )
+        return None
 
     def structural(self, values: Values, force: openmm.GBSAOBCForce) -> list[str]:
         """A live Context takes over the particles only."""

@@ -15,6 +15,8 @@ class LCPOConverter(AbstractConverter):
     """LCPOForce <-> LCPO."""
 
     polynomial = frozenset({"p1", "p2", "p3", "p4", "surface_tension"})
+    # Particles without a radius take no part.
+    flat_at_zero = frozenset({"radius"})
 
     def read(self, force: openmm.LCPOForce, host: Host) -> LCPO:
         """Build the term."""

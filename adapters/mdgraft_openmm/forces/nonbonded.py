@@ -39,6 +39,7 @@ class NonbondedConverter(AbstractConverter):
     """NonbondedForce <-> Nonbonded."""
 
     polynomial = frozenset({"charge", "exception_charge_product", "exception_epsilon"})
+    flat_at_zero = frozenset({"epsilon"})
 
     def read(self, force: openmm.NonbondedForce, host: Host) -> Nonbonded:
         """Build the term with the host's own Ewald parameters."""
@@ -126,11 +127,13 @@ class NonbondedConverter(AbstractConverter):
                     f"{values[key].min():g}; OpenMM accepts only values that are not negative"
                 )
         if "switching_distance" in values:
-            distance, cutoff = float(values["switching_distance"]), _cutoff(force)
-            if not 0 <= distance < cutoff:
+            distance = float(values["switching_distance"])
+            if not 0 <= distance < _cutoff(force):
+                return _switching_error(force, distance)
+            if distance == 0 and force.getUseDispersionCorrection() and _periodic(force):
                 return (
-                    f"{force.getName()}.switching_distance: {distance:g} nm is not between 0 and "
-                    f"the cutoff, {cutoff:g} nm"
+                    f"{force.getName()}.switching_distance: the dispersion correction diverges at "
+                    "0 nm; wanted a positive distance, or no correction"
                 )
         return None
 
@@ -167,11 +170,27 @@ def _cutoff(force: openmm.NonbondedForce) -> float:
     return number(force.getCutoffDistance())
 
 
+def _periodic(force: openmm.NonbondedForce) -> bool:
+    return _METHODS[force.getNonbondedMethod()].periodic
+
+
+def _switching_error(force: openmm.NonbondedForce, distance: float) -> str:
+    return (
+        f"{force.getName()}.switching_distance: {distance:g} nm is not between 0 and the cutoff, "
+        f"{_cutoff(force):g} nm"
+    )
+
+
 def _switching_distance(force: openmm.NonbondedForce, method: Method) -> torch.Tensor | None:
-    # OpenMM ignores the switching function in these two methods.
-    if not force.getUseSwitchingFunction() or method in (Method.NO_CUTOFF, Method.LJPME):
+    if not force.getUseSwitchingFunction():
         return None
-    return _scalar(force.getSwitchingDistance())
+    distance = number(force.getSwitchingDistance())
+    if not 0 <= distance < _cutoff(force):
+        raise InvalidInputError(_switching_error(force, distance))
+    # OpenMM checks it in any case, but ignores the switching function in these two methods.
+    if method in (Method.NO_CUTOFF, Method.LJPME):
+        return None
+    return _scalar(distance)
 
 
 def _offsets(

@@ -97,8 +97,26 @@ def external_energy(
     """
     cell = positions.new_zeros(positions.shape[0], 0, 3) if box is None else box
     apply: Any = _Energy.apply
-    result: Tensor = apply(engine, positions, cell, *parameters)
+    # Nodes between the leaves and the energy, see `_needed`.
+    result: Tensor = apply(engine, *(t.view_as(t) for t in (positions, cell, *parameters)))
     return result
+
+
+def _needed(ctx: Any, flags: Sequence[bool]) -> tuple[bool, ...]:
+    """Inputs whose derivatives the backward pass that runs asks for.
+
+    Torch's own ``needs_input_grad`` is about all passes, and each entry of a parameter would cost
+    energies although only forces are asked for.
+    """
+
+    def runs(node: Any) -> bool:
+        try:
+            return bool(torch._C._will_engine_execute_node(node))
+        except (AttributeError, RuntimeError):
+            # It does not answer for leaves.
+            return True
+
+    return tuple(on and runs(node) for on, (node, _) in zip(flags, ctx.next_functions, strict=True))
 
 
 def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
@@ -142,7 +160,7 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, tuple(ctx.needs_input_grad[1:])
+        tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[1:])
         apply: Any = _Gradient.apply
         gradients = apply(ctx.engine, wanted, *tensors)
         (weight,) = grad_outputs
@@ -159,19 +177,103 @@ class _Energy(torch.autograd.Function):
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
         tensors, tangents = ctx.saved_tensors, grad_inputs[1:]
         wanted = tuple(tangent is not None for tangent in tangents)
-        apply: Any = _Gradient.apply
-        gradients = apply(ctx.engine, wanted, *tensors)
-        n_frames = tensors[0].shape[0]
-        change: Tensor = tensors[0].new_zeros(n_frames)
-        for gradient, tangent in zip(gradients, tangents, strict=True):
-            if tangent is not None:
-                change = change + (gradient * tangent).reshape(n_frames, -1).sum(dim=-1)
+        given = [
+            t.new_zeros(0) if tangent is None else tangent
+            for t, tangent in zip(tensors, tangents, strict=True)
+        ]
+        apply: Any = _Slope.apply
+        change: Tensor = apply(ctx.engine, wanted, len(tensors), *tensors, *given)
         return change
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], engine: Engine, *tensors: Tensor) -> Any:
         apply: Any = _Energy.apply
         return _one_by_one(lambda *t: apply(engine, *t), info, in_dims[1:], tensors)
+
+
+class _Slope(torch.autograd.Function):
+    """Derivatives along tangents ``(F,)``: ``(engine, wanted, n, *tensors, *tangents)``.
+
+    One function, because torch drops outer tangents of plain operations in a ``jvp``.
+    """
+
+    @staticmethod
+    def forward(engine: Engine, wanted: tuple[bool, ...], n: int, *inputs: Tensor) -> Tensor:
+        tensors, tangents = inputs[:n], inputs[n:]
+        found = engine.gradients(_arrays(tensors), wanted)
+        change = tensors[0].new_zeros(tensors[0].shape[0])
+        for gradient, tensor, tangent in zip(found, tensors, tangents, strict=True):
+            if gradient is not None:
+                change = change + _by_frame(_like(gradient, tensor) * tangent)
+        return change
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.engine, ctx.wanted, ctx.n, *rest = inputs
+        ctx.save_for_backward(*rest)
+        ctx.save_for_forward(*rest)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        tensors, tangents = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        needed = _needed(ctx, ctx.needs_input_grad[3:])
+        (weight,) = grad_outputs
+        weights = [
+            weight.reshape(-1, *(1,) * (t.ndim if k >= 2 else 2)) for k, t in enumerate(tensors)
+        ]
+        directions = [
+            w * tangent if on else tangent
+            for w, tangent, on in zip(weights, tangents, ctx.wanted, strict=True)
+        ]
+        product: Any = _Product.apply
+        products = product(ctx.engine, needed[: ctx.n], ctx.n, *_constant(tensors), *directions)
+        gradient: Any = _Gradient.apply
+        gradients = gradient(ctx.engine, needed[ctx.n :], *tensors)
+        gradients = [w * g if g.numel() else g for w, g in zip(weights, gradients, strict=True)]
+        found = [
+            (part if k < 2 else part.sum(dim=0).reshape(tensor.shape)) if on else None
+            for parts, ons in ((products, needed[: ctx.n]), (gradients, needed[ctx.n :]))
+            for k, (part, tensor, on) in enumerate(zip(parts, tensors, ons, strict=True))
+        ]
+        return (None, None, None, *found)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        tensors, tangents = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        moves, turns = grad_inputs[3 : 3 + ctx.n], grad_inputs[3 + ctx.n :]
+        n_frames = tensors[0].shape[0]
+        directions = [
+            tangent.expand(n_frames, *tangent.shape) if k >= 2 and on else tangent
+            for k, (tangent, on) in enumerate(zip(tangents, ctx.wanted, strict=True))
+        ]
+        product: Any = _Product.apply
+        moved = tuple(move is not None for move in moves)
+        products = product(ctx.engine, moved, ctx.n, *_constant(tensors), *directions)
+        gradient: Any = _Gradient.apply
+        turned = tuple(turn is not None and on for turn, on in zip(turns, ctx.wanted, strict=True))
+        gradients = gradient(ctx.engine, turned, *tensors)
+        change: Tensor = tensors[0].new_zeros(n_frames)
+        for parts, others, ons in ((products, moves, moved), (gradients, turns, turned)):
+            for part, other, on in zip(parts, others, ons, strict=True):
+                if on:
+                    change = change + _by_frame(part * other)
+        return change
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        engine: Engine,
+        wanted: tuple[bool, ...],
+        n: int,
+        *inputs: Tensor,
+    ) -> Any:
+        apply: Any = _Slope.apply
+        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+
+
+def _by_frame(products: Tensor) -> Tensor:
+    return products.reshape(products.shape[0], -1).sum(dim=-1)
 
 
 class _Gradient(torch.autograd.Function):
@@ -190,13 +292,13 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, tuple(ctx.needs_input_grad[2:])
+        tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[2:])
         directions = [
             g if on else t.new_zeros(0)
             for g, on, t in zip(grad_outputs, ctx.wanted, tensors, strict=True)
         ]
         apply: Any = _Product.apply
-        products = apply(ctx.engine, wanted, len(tensors), *tensors, *directions)
+        products = apply(ctx.engine, wanted, len(tensors), *_constant(tensors), *directions)
         result: list[Tensor | None] = [None, None]
         for k, (product, tensor) in enumerate(zip(products, tensors, strict=True)):
             shared = product.sum(dim=0).reshape(tensor.shape) if k >= 2 and wanted[k] else product
@@ -215,7 +317,7 @@ class _Gradient(torch.autograd.Function):
                 directions.append(tangent if k < 2 else tangent.expand(n_frames, *tangent.shape))
         apply: Any = _Product.apply
         result: tuple[Tensor, ...] = apply(
-            ctx.engine, ctx.wanted, len(tensors), *tensors, *directions
+            ctx.engine, ctx.wanted, len(tensors), *_constant(tensors), *directions
         )
         return result
 
@@ -232,7 +334,10 @@ class _Gradient(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """Second derivatives times directions: ``(engine, wanted, n, *tensors, *directions)``."""
+    """Second derivatives times directions: ``(engine, wanted, n, *tensors, *directions)``.
+
+    Linear in the directions, and so differentiable in them; the tensors are `_Constant`.
+    """
 
     @staticmethod
     def forward(
@@ -241,6 +346,66 @@ class _Product(torch.autograd.Function):
         tensors, directions = inputs[:n], inputs[n:]
         products = _products(engine, wanted, _arrays(tensors), _arrays(directions))
         return tuple(_like(p, t) for p, t in zip(products, tensors, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.engine, ctx.wanted, n, *rest = inputs
+        ctx.save_for_backward(*rest[:n])
+        ctx.save_for_forward(*rest[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        tensors, n = ctx.saved_tensors, len(ctx.saved_tensors)
+        needed = _needed(ctx, ctx.needs_input_grad[3:])
+        wanted = needed[n:]
+        # Second derivatives are symmetric: what multiplies the products multiplies from the left.
+        directions = [
+            g if on else t.new_zeros(0)
+            for g, on, t in zip(grad_outputs, ctx.wanted, tensors, strict=True)
+        ]
+        apply: Any = _Product.apply
+        products = apply(ctx.engine, wanted, n, *_constant(tensors), *directions)
+        # Zeros reach `_Constant`, which raises if a third derivative is asked for.
+        through = [
+            torch.zeros_like(t) if on else None for t, on in zip(tensors, needed, strict=False)
+        ]
+        own = [p if on else None for p, on in zip(products, wanted, strict=True)]
+        return (None, None, None, *through, *own)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, ...]:
+        tensors, n = ctx.saved_tensors, len(ctx.saved_tensors)
+        directions = [
+            t.new_zeros(0) if tangent is None else tangent
+            for t, tangent in zip(tensors, grad_inputs[3 + n :], strict=True)
+        ]
+        apply: Any = _Product.apply
+        result: tuple[Tensor, ...] = apply(
+            ctx.engine, ctx.wanted, n, *_constant(tensors), *directions
+        )
+        return result
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        engine: Engine,
+        wanted: tuple[bool, ...],
+        n: int,
+        *inputs: Tensor,
+    ) -> Any:
+        apply: Any = _Product.apply
+        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+
+
+class _Constant(torch.autograd.Function):
+    """The identity, through which no derivative passes: one that is asked for raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -254,17 +419,10 @@ class _Product(torch.autograd.Function):
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
         raise _third_order()
 
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        engine: Engine,
-        wanted: tuple[bool, ...],
-        n: int,
-        *inputs: Tensor,
-    ) -> Any:
-        apply: Any = _Product.apply
-        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+
+def _constant(tensors: Sequence[Tensor]) -> list[Tensor]:
+    apply: Any = _Constant.apply
+    return [apply(tensor) for tensor in tensors]
 
 
 def _third_order() -> UnsupportedDerivativeError:
