@@ -20,6 +20,8 @@ _WITH_NEIGHBOR_LIST = (
 _LONG_RANGE = 1e-6
 #: That of induced dipoles on a mesh, damped by exponentials of single precision, and iterated.
 _INDUCED = 1e-5
+#: That of the field which induces them, damped with a constant of single precision.
+_INDUCING = 1e-7
 
 
 def precision(system: openmm.System) -> dict[str, float]:
@@ -35,6 +37,8 @@ def precision(system: openmm.System) -> dict[str, float]:
             mesh = force.getNonbondedMethod() == openmm.AmoebaMultipoleForce.PME
             if iterated or (mesh and not direct):
                 found[name] = _INDUCED
+            elif mesh:
+                found[name] = _INDUCING
     return found
 
 
@@ -50,6 +54,11 @@ def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
                 f"{name}: for a frame of kind z-only without a particle x OpenMM's Reference "
                 "platform reads a position that does not exist, so that its forces may be wrong "
                 "and differ from Context to Context; its energy is right"
+            )
+        if _oblique_frames(force):
+            found.append(
+                f"{name}: in three-fold frames and in some z-bisect ones OpenMM's forces are not "
+                "the gradient of its energy; the graft's are"
             )
     if not np.tril(box, -1).any():
         return found
@@ -70,6 +79,16 @@ def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
             "its energy; the graft's are"
         )
     return found
+
+
+def _oblique_frames(force: openmm.Force) -> bool:
+    if isinstance(force, openmm.AmoebaMultipoleForce):
+        kinds = {force.getMultipoleParameters(i)[3] for i in range(force.getNumMultipoles())}
+    elif isinstance(force, openmm.HippoNonbondedForce):
+        kinds = {force.getParticleParameters(i)[12] for i in range(force.getNumParticles())}
+    else:
+        return False
+    return bool(kinds & {force.ThreeFold, force.ZBisect})
 
 
 def _stray_frames(force: openmm.HippoNonbondedForce) -> bool:

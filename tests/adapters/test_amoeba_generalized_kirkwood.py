@@ -58,17 +58,13 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_agrees(options):
-    """Energy, forces, all parameters of both forces, and second derivatives.
-
-    Entries of quadrupoles are left out: OpenMM's energy in vacuum, which cancels, takes their trace
-    in another way.
-    """
+    """Energy, forces, all parameters of both forces, and second derivatives."""
     system, positions = solvated(**options)
     potential = assert_agrees(
         system, positions, second_rtol=1e-5, gradients=False, translation_rtol=None
     )
     assert set(potential.routes.values()) == {"native"}
-    names = [n for n, p in potential.named_parameters() if p.numel() and "quadrupole" not in n]
+    names = [n for n, p in potential.named_parameters() if p.numel()]
     slopes = dict(
         zip(
             names,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from agreement import assert_agrees
 from mdgraft.testing import finite_difference
+from mdgraft_openmm._known import remarks
 from openmm import app, unit
 
 Multipole = openmm.AmoebaMultipoleForce
@@ -137,13 +138,19 @@ def test_variants(options):
     assert_agrees(system, positions, second_rtol=1e-5, translation_rtol=None)
 
 
-@pytest.mark.parametrize("kind", [Multipole.ThreeFold, Multipole.ZOnly])
+@pytest.mark.parametrize("kind", [Multipole.ThreeFold, Multipole.ZOnly, Multipole.ZBisect])
 def test_frames_that_openmm_has_not_right(kind):
     """The gradient of OpenMM's energy, which its forces are not.
 
-    In three-fold frames never, in frames with z only where moments lack their symmetry.
+    In three-fold frames never, in frames with z only where moments lack their symmetry, in z-bisect
+    ones where z is far from the middle of the other two.
     """
     system, positions = molecules(axes=kind, polarization="direct", axial=False)
+    if kind == Multipole.ZBisect:
+        positions[1:4] = positions[0] + np.array(
+            [[-0.1, 0.01, 0], [0.08, 0.09, 0], [0.09, -0.1, 0.01]]
+        )
+        assert [r for r in remarks(system, TRICLINIC) if "z-bisect" in r]
     context = reference_context(system)
     potential = mdgraft.graft(system)
     direction = np.random.default_rng(6).normal(size=positions.shape)
@@ -157,6 +164,19 @@ def test_frames_that_openmm_has_not_right(kind):
         work = -(potential.forces(torch.tensor(positions)).numpy() * direction).sum()
     assert potential(torch.tensor(positions)).item() == pytest.approx(energy(0), rel=1e-12)
     assert abs(work - truth.value) < 1e-8 * abs(truth.value) + 3 * truth.error
+
+
+def test_linear_molecule():
+    """A frame without an axis x: moments around z count all the same."""
+    system, positions = molecules(axes=Multipole.ZThenX, polarization="direct", pme=True)
+    positions[1:3] = positions[0] + np.array([[0.12, 0, 0], [-0.12, 0, 0]])
+    context = reference_context(system)
+    context.setPositions(positions)
+    energy = context.getState(energy=True).getPotentialEnergy()._value
+    x = torch.tensor(positions, requires_grad=True)
+    found = mdgraft.graft(system)(x, torch.tensor(TRICLINIC))
+    assert found.item() == pytest.approx(energy, rel=1e-8)
+    assert torch.isfinite(torch.autograd.grad(found, x)[0]).all()
 
 
 def reference_context(system):

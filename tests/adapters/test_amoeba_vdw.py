@@ -195,6 +195,15 @@ def test_second_derivatives_of_the_correction():
     torch.testing.assert_close(batch, torch.stack([tail(zero), tail(zero + 0.1)]))
 
 
+def test_types_without_particles():
+    """Force fields list many types; only those of particles are in the correction."""
+    system, positions = vdw_system(by_type=True, cutoff=0.8)
+    for _ in range(100):
+        system.getForce(0).addParticleType(0.15, 0.5)
+    potential = assert_agrees(system, positions, second=False, consistent=False)
+    assert len(potential.term("AmoebaVdwForce").tail_pairs) == 6
+
+
 def test_write_back():
     """A live Context takes over what it can, and the rest is refused by name."""
     system, positions = vdw_system(cutoff=0.8, correction=False)

@@ -188,6 +188,14 @@ def test_damping_of_similar_widths(function):
     assert slope.abs().max() < 1e-12
 
 
+def test_switching_distance_beyond_the_cutoff():
+    """OpenMM takes it, as a default of 0.9 nm with a shorter cutoff, and does not switch."""
+    system, positions = molecules(pme=True)
+    for distance in (0.8, 0.9):
+        system.getForce(0).setSwitchingDistance(distance)
+        assert_agrees(system, positions, second=False, rtol=1e-8, translation_rtol=None)
+
+
 def test_write_back():
     system, positions = molecules(pme=True)
     context = reference_context(system)
@@ -215,7 +223,6 @@ def test_write_back():
     [
         ("quadrupole", (1, 0, 0), 0.5, "entry 1 has a trace of"),
         ("polarizability", (3,), -1e-4, "entry 3 is -0.0001"),
-        ("switching_distance", (), 0.9, "not between 0 and the cutoff"),
     ],
 )
 def test_refused_values(key, entry, value, match):

@@ -258,7 +258,13 @@ def test_too_few_iterations():
 
 
 @pytest.mark.parametrize(
-    ("particles", "message"), [([9], "from 0 to 1"), ([-1], "from 0 to 1"), ([1, 1], "more than")]
+    ("particles", "message"),
+    [
+        ([9], "from 0 to 1"),
+        ([-1], "from 0 to 1"),
+        ([1.5], "from 0 to 1"),
+        ([1, 1], "more than"),
+    ],
 )
 def test_refuses_wrong_particles(particles, message):
     """Indices out of range or repeated."""

@@ -48,9 +48,13 @@ class AmoebaGeneralizedKirkwoodConverter(AbstractConverter):
                 f"{name}: needs an AmoebaMultipoleForce without a cutoff in the same System"
             )
         rows = [force.getParticleParameters(i) for i in range(n)]
-        charges = [multipoles[0].getMultipoleParameters(i)[0] for i in range(n)]
-        if column(rows, 0).tolist() != [number(charge) for charge in charges]:
-            raise InvalidInputError(f"{name}: its charges are not those of the multipoles")
+        charges = [number(multipoles[0].getMultipoleParameters(i)[0]) for i in range(n)]
+        for i, (own, charge) in enumerate(zip(column(rows, 0).tolist(), charges, strict=True)):
+            if own != charge:
+                raise InvalidInputError(
+                    f"{name}: its charges are not those of the multipoles; particle {i} has "
+                    f"{own:g} e, wanted {charge:g} e as in the AmoebaMultipoleForce"
+                )
         if bool((column(rows, 4) > 0).any()):
             raise UnsupportedForceError(f"{name}: no native torch form with neck factors")
         parameters = {key: column(rows, 1 + k) for k, key in enumerate(PARTICLE)}

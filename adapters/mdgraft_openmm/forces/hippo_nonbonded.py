@@ -97,13 +97,6 @@ class HippoNonbondedConverter(AbstractConverter):
 
     def refused(self, values: Values, force: openmm.HippoNonbondedForce) -> str | None:
         """Find what no Context accepts."""
-        if "switching_distance" in values:
-            distance, cutoff = float(values["switching_distance"]), force.getCutoffDistance()
-            if not 0 <= distance < number(cutoff):
-                return (
-                    f"{force.getName()}.switching_distance: {distance:g} nm is not between 0 and "
-                    f"the cutoff, {number(cutoff):g} nm"
-                )
         return refused_moments(values, force.getName(), _TRACE)
 
     def structural(self, values: Values, force: openmm.HippoNonbondedForce) -> list[str]:

@@ -50,7 +50,7 @@ def ewald_direct(r_squared: Tensor, charge_product: Tensor, alpha: float) -> Ten
     return COULOMB * charge_product * torch.erfc(alpha * r) / r
 
 
-def switch(r: Tensor, switching_distance: Tensor, cutoff: float) -> Tensor:
+def switch(r: Tensor, switching_distance: Tensor, cutoff: Tensor | float) -> Tensor:
     """S = 1 - 10 t^3 + 15 t^4 - 6 t^5 with t = (r - r_switch)/(r_cutoff - r_switch), 1 before."""
     t = ((r - switching_distance) / (cutoff - switching_distance)).clamp(min=0)
     return 1 - t * t * t * (10 - t * (15 - 6 * t))

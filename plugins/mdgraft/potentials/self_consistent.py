@@ -71,11 +71,12 @@ class SelfConsistent(nn.Module):
         max_iterations: int = 60,
     ) -> None:
         super().__init__()
-        index = torch.as_tensor(particles, dtype=torch.long)
-        n = potential.n_particles
-        if index.ndim != 1 or bool(((index < 0) | (index >= n)).any()):
+        given, n = torch.as_tensor(particles), potential.n_particles
+        index = given.long()
+        whole = given.dtype != torch.bool and bool((index == given).all())
+        if not whole or index.ndim != 1 or bool(((index < 0) | (index >= n)).any()):
             raise InvalidInputError(
-                f"particles: wanted a list of indices from 0 to {n - 1}, got {index.tolist()}"
+                f"particles: wanted a list of indices from 0 to {n - 1}, got {given.tolist()}"
             )
         if len(set(index.tolist())) != len(index):
             raise InvalidInputError("particles: an index occurs more than once; give each once")

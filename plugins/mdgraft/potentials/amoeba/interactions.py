@@ -95,8 +95,10 @@ def both_ways(pairs: Pairs, at_first: Tensor, at_second: Tensor, like: Tensor) -
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=-1)
+    # Sums over an axis of three numbers are slow.
+    (ax, ay, az), (bx, by, bz) = a.unbind(dim=-1), b.unbind(dim=-1)
+    return ax * bx + ay * by + az * bz
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix * vector.unsqueeze(-2)).sum(dim=-1)
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

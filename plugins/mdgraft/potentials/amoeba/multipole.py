@@ -35,7 +35,7 @@ from mdgraft.potentials.amoeba.interactions import (
 from mdgraft.potentials.term import AbstractTerm
 
 _FAILURE = (
-    "polarizability: the induced dipoles have no finite solution (a polarization catastrophe); "
+    "polarizability: the induced dipoles have no stable solution (a polarization catastrophe); "
     "polarizable sites are too close, or their Thole factors too weak"
 )
 
@@ -197,7 +197,10 @@ class Multipoles(AbstractTerm):
         inducing, acting = self._fields(at, whole, whole), self._fields(at, whole, traceless)
         response = values["polarizability"][:, None] / COULOMB
         if self.solvent is not None:
-            return energy + self._solvated(at, inducing, whole, response, values)
+            # OpenMM adds what the solvent changes to the energy in vacuum, but takes the trace in
+            # these two differently: a trifle, whose derivative in a quadrupole is not.
+            energy = energy + self._solvated(at, inducing, whole, response, values)
+            acting = acting[0] - inducing[0], acting[1] - inducing[1]
         return energy + self._polarization(at, inducing, acting, response)
 
     # Pairs ---------------------------------------------------------------------------------------
@@ -300,7 +303,8 @@ class Multipoles(AbstractTerm):
     def _moments(self, positions: Tensor, values: Mapping[str, Tensor]) -> tuple[Moments, Moments]:
         """Multipoles in the frame of the coordinates; as they are, and with the trace removed.
 
-        The trace is taken from xx and yy: zz, xx - yy and what is off the diagonal stay.
+        The trace is taken from xx and yy: zz, xx - yy and what is off the diagonal stay. What zz
+        stands for needs the axis z only, so that it is whole in linear molecules as well.
         """
         frames = local_frames(positions, self.axes)
         turned = frames.transpose(-1, -2)
@@ -309,13 +313,20 @@ class Multipoles(AbstractTerm):
         upper = torch.triu(given)
         whole = upper + torch.triu(given, 1).transpose(-1, -2)
         trace = torch.diagonal(given, dim1=-2, dim2=-1).sum(dim=-1)
+        zz = given[..., 2, 2]
         removed = torch.zeros_like(given) + torch.diag_embed(
-            0.5 * torch.stack([trace, trace, torch.zeros_like(trace)], dim=-1)
+            0.5 * torch.stack([trace - zz, trace - zz, 2 * zz], dim=-1)
         )
+        z = frames[..., 2, :]
+        around = 1.5 * z.unsqueeze(-1) * z.unsqueeze(-2) - 0.5 * torch.eye(3).to(z)
         charge = values["charge"]
         return (
             Moments(charge, dipole, turned @ whole @ frames),
-            Moments(charge, dipole, turned @ (whole - removed) @ frames),
+            Moments(
+                charge,
+                dipole,
+                turned @ (whole - removed) @ frames + zz[..., None, None] * around,
+            ),
         )
 
     def _permanent(self, at: _Geometry, whole: Moments, traceless: Moments) -> Tensor:

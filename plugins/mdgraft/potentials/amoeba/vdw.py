@@ -141,6 +141,8 @@ class AmoebaVdw(AbstractTerm):
     alchemical: Tensor
     type_index: Tensor
     type_pairs: Tensor
+    tail_pairs: Tensor
+    tail_counts: Tensor
 
     def __init__(
         self,
@@ -167,6 +169,13 @@ class AmoebaVdw(AbstractTerm):
         if types is not None:
             self.register_buffer("type_index", types.index)
             self.register_buffer("type_pairs", types.pairs)
+            # Force fields list many types that a system has no particle of.
+            present, count = torch.unique(types.index, return_counts=True)
+            one, two = torch.triu_indices(len(present), len(present))
+            twice = count[one] * count[two] * torch.where(one == two, 1, 2)
+            pairs = torch.stack([present[one], present[two]], dim=-1)
+            self.register_buffer("tail_pairs", pairs, persistent=False)
+            self.register_buffer("tail_counts", twice, persistent=False)
             self.add_parameter("type_sigma", types.sigma, NANOMETER)
             self.add_parameter("type_epsilon", types.epsilon, ENERGY)
             self.add_parameter("type_pair_sigma", types.pair_sigma, NANOMETER)
@@ -280,10 +289,10 @@ class AmoebaVdw(AbstractTerm):
     def _tail(self, values: Mapping[str, Tensor]) -> Tensor:
         """Dispersion correction times the volume ``()`` [kJ/mol nm^3]."""
         if self.by_type:
-            sigma, epsilon = self._type_table(values)
-            count = torch.bincount(self.type_index, minlength=len(sigma)).to(sigma)
+            one, two = self.tail_pairs.unbind(-1)
+            sigma, epsilon = (table[one, two] for table in self._type_table(values))
             energy = epsilon * self._expand(sigma, self._integrals(sigma))
-            return 2 * math.pi * (count[:, None] * count * energy).sum()
+            return 2 * math.pi * (self.tail_counts * energy).sum()
         # Particles with equal parameters share their integrals, as the class they form.
         sigma, epsilon = values["sigma"], values["epsilon"]
         member = observe(_classes, lambda result, _: result, sigma[None], epsilon[None]).to(sigma)

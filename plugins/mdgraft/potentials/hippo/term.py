@@ -90,6 +90,8 @@ class _Geometry:
     r: Tensor
     counts: Tensor
     scale: dict[str, Tensor]
+    #: Factors of 1/r, 1/r^3, ..., 1/r^9 between the two clouds of each pair.
+    clouds: list[Tensor]
     mesh: MultipoleMesh | None
 
 
@@ -115,8 +117,8 @@ class Hippo(AbstractTerm):
     settings
         Constants.
     switching_distance
-        ``()`` [nm], where repulsion and charge transfer begin to be switched off; None without
-        Ewald sums.
+        ``()`` [nm], where repulsion and charge transfer begin to be switched off, which they are
+        not if it is the cutoff or more; None without Ewald sums.
 
     References
     ----------
@@ -195,7 +197,9 @@ class Hippo(AbstractTerm):
         counts = r_squared <= settings.cutoff**2
         r = torch.sqrt(torch.where(counts, r_squared, 1.0))
         scale = self._scale(pairs, values)
-        return _Geometry(positions, box, pairs, vectors, r, counts, scale, mesh)
+        alpha = values["alpha"]
+        clouds = two_centers(alpha[pairs.first] * r, alpha[pairs.second] * r, 5)
+        return _Geometry(positions, box, pairs, vectors, r, counts, scale, clouds, mesh)
 
     def _scale(self, pairs: Pairs, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale factors of every pair by what they scale."""
@@ -266,7 +270,7 @@ class Hippo(AbstractTerm):
         scale = at.scale["multipole_multipole"]
         to_first, to_second, between = (
             self._radial(at, 0, scale, factors)
-            for factors in (one_center(p, 3), one_center(q, 3), two_centers(p, q, 5))
+            for factors in (one_center(p, 3), one_center(q, 3), at.clouds)
         )
         (bare,) = self._radial(at, 0, scale, [torch.ones_like(at.r)])
         energy = bare * core[i] * core[j]
@@ -276,8 +280,8 @@ class Hippo(AbstractTerm):
 
     def _dispersion(self, at: _Geometry, values: Mapping[str, Tensor]) -> Tensor:
         i, j = at.pairs.first, at.pairs.second
-        alpha, c6 = values["alpha"], values["c6"]
-        _, third, fifth = two_centers(alpha[i] * at.r, alpha[j] * at.r, 3)
+        c6 = values["c6"]
+        _, third, fifth, *_ = at.clouds
         left = at.scale["dispersion"] * (1.5 * fifth - 0.5 * third) ** 2
         if self.settings.dispersion_alpha is not None:
             x = (self.settings.dispersion_alpha * at.r) ** 2
@@ -303,15 +307,16 @@ class Hippo(AbstractTerm):
     def _switched(self, at: _Geometry, energy: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         if "switching_distance" not in values:
             return energy
-        return energy * switch(at.r, values["switching_distance"], self.settings.cutoff)
+        start, cutoff = values["switching_distance"], self.settings.cutoff
+        # Beyond the cutoff there is nothing to switch.
+        return energy * switch(at.r, start, torch.where(start < cutoff, cutoff, start + 1))
 
     # Induced dipoles -----------------------------------------------------------------------------
 
     def _induction(self, at: _Geometry, moments: Moments, values: Mapping[str, Tensor]) -> Tensor:
         """``-E.mu/2`` with the dipoles of perturbation theory."""
         field = self._permanent_field(at, moments, values)
-        alpha, i, j = values["alpha"], at.pairs.first, at.pairs.second
-        _, third, fifth = two_centers(alpha[i] * at.r, alpha[j] * at.r, 3)
+        _, third, fifth, *_ = at.clouds
         mutual = self._radial(at, 1, at.scale["dipole_dipole"], [third, fifth])
         response = values["polarizability"][:, None] / COULOMB
         dipole, total = response * field, torch.zeros_like(field)
