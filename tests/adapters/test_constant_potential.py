@@ -120,6 +120,19 @@ def test_at_the_minimum():
         assert higher > lowest
 
 
+@pytest.mark.parametrize("target", [None, 0.3])
+def test_hessians_under_vmap(target):
+    system, positions = capacitor(target=target)
+    potential, box = mdgraft.graft(system), torch.tensor(BOX)
+
+    def hessian(x):
+        return torch.func.hessian(lambda y: potential(y, box))(x)
+
+    frames = torch.tensor(np.stack([positions, positions + 0.02 * np.sin(positions)]))
+    single = torch.stack([hessian(x) for x in frames])
+    torch.testing.assert_close(torch.func.vmap(hessian)(frames), single)
+
+
 def test_no_minimum():
     """Electrode particles that overlap too much attract their own charges without limit."""
     system, positions = capacitor(layers=1, thomas_fermi=(0.0, 0.0))

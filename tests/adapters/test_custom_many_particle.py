@@ -1,6 +1,7 @@
 """CustomHbondForce and CustomManyParticleForce against OpenMM."""
 
 import dataclasses
+import time
 
 import mdgraft
 import mdgraft_openmm
@@ -127,6 +128,12 @@ SETS = {
         "c1*distance(p1,p2)^2+c3*distance(p1,p3)", central=True, filters=((0, {7}), (1, {2, 9}))
     ),
     "pairs": Many("c1*lambda2*exp(-pointdistance(x1,y1,z1,x2,y2,z2))", size=2),
+    "pairs-central": Many(
+        "c1*exp(-distance(p1,p2)^2)+lambda2", size=2, central=True, filters=((0, {2}), (1, {9}))
+    ),
+    "no-such-points": Many(
+        "c1*pointdistance(x1,y1,z1,x2+1,y2,z2)", filters=((0, {55}),), central=True
+    ),
     "no-such-type": Many("distance(p1,p2)", size=2, filters=((0, {55}),)),
     "four": Many(
         "scale*c4*sin(dihedral(p1,p2,p3,p4))*f(cos(angle(p2,p1,p4)))",
@@ -160,6 +167,86 @@ def test_write_back(force):
             value.mul_(1.25)
     mdgraft_openmm.write_parameters(potential, system)
     torch.testing.assert_close(mdgraft.graft(system)(positions), potential(positions))
+
+
+@pytest.mark.parametrize("kind", ["Hbond", "ManyParticle"])
+def test_expressions_that_end_at_the_cutoff(kind):
+    """Under vmap all frames share the sets of any, some of them beyond the cutoff."""
+    text = "exp(0.3/({0}-0.57))*exp(0.3/({1}-0.57))"
+    if kind == "Hbond":
+        force = openmm.CustomHbondForce(text.format("distance(d1,a1)", "distance(a1,d1)"))
+        for i in range(N // 2):
+            force.addDonor(i, -1, -1, [])
+            force.addAcceptor(N - 1 - i, -1, -1, [])
+    else:
+        force = openmm.CustomManyParticleForce(3, text.format("distance(p1,p2)", "distance(p1,p3)"))
+        force.setPermutationMode(force.UniqueCentralParticle)
+        for _ in range(N):
+            force.addParticle([], 0)
+    force.setNonbondedMethod(force.CutoffNonPeriodic)
+    force.setCutoffDistance(0.57)
+    system, positions = system_with(force)
+    potential = mdgraft.graft(system)
+    # At 0.5701 nm the exponential overflows.
+    inwards = torch.tensor(positions)
+    inwards[N - 1] = inwards[0] + torch.tensor([0.5701, 0.0, 0.0])
+    frames = torch.stack([0.9 * inwards, inwards])
+    for derivative in (torch.func.grad(potential), torch.func.hessian(potential)):
+        single = torch.stack([derivative(x) for x in frames])
+        assert single.isfinite().all()
+        assert single.abs().max() > 0
+        torch.testing.assert_close(torch.func.vmap(derivative)(frames), single)
+
+
+def test_sets_of_many_particles():
+    """Listing them takes a time that grows with their number, not with pairs times particles."""
+    n = 6000
+    force = openmm.CustomManyParticleForce(3, "distance(p1,p2)*distance(p1,p3)")
+    force.setPermutationMode(force.UniqueCentralParticle)
+    force.setNonbondedMethod(force.CutoffNonPeriodic)
+    force.setCutoffDistance(0.11)
+    system = openmm.System()
+    for _ in range(n):
+        system.addParticle(1.0)
+        force.addParticle([], 0)
+    system.addForce(force)
+    chain = 0.1 * torch.arange(n, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0, 0])
+    begin = time.perf_counter()
+    energy = mdgraft.graft(system)(chain)
+    assert time.perf_counter() - begin < 10
+    assert energy.item() == pytest.approx((n - 2) * 0.01, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["Hbond", "ManyParticle"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f.addExclusion(1, 2), f.addExclusion(1, 2)), "more than one exclusion"),
+        (lambda f: f.setCutoffDistance(0), "has a cutoff of 0 nm, which must be positive"),
+        (lambda f: f.setCutoffDistance(1.2), "half of the default box is 0.95 nm"),
+        (
+            lambda f: [
+                f.addTabulatedFunction("t", openmm.Discrete1DFunction([1.0, 2.0])) for _ in "12"
+            ],
+            "two tabulated functions are called 't'",
+        ),
+    ],
+)
+def test_what_openmm_refuses(kind, change, message):
+    if kind == "Hbond":
+        force = openmm.CustomHbondForce("distance(d1,a1)")
+        for i in range(4):
+            force.addDonor(i, -1, -1, [])
+            force.addAcceptor(i + 4, -1, -1, [])
+    else:
+        force = openmm.CustomManyParticleForce(2, "distance(p1,p2)")
+        for _ in range(N):
+            force.addParticle([], 0)
+    force.setNonbondedMethod(force.CutoffPeriodic)
+    force.setCutoffDistance(0.9)
+    change(force)
+    with pytest.raises(mdgraft.InvalidInputError, match=message):
+        mdgraft.graft(system_with(force)[0])
 
 
 def test_what_is_refused():

@@ -380,6 +380,12 @@ def test_write_and_live_update():
     [
         (lambda f: f.addExclusion(1, 0), "more than one exclusion"),
         (lambda f: f.addExclusion(1, 99), "indices reach only"),
+        (
+            lambda f: [
+                f.addTabulatedFunction("t", openmm.Discrete1DFunction([1.0, 2.0])) for _ in "12"
+            ],
+            "two tabulated functions are called 't'",
+        ),
         (lambda f: f.addParticle([1.0]), "has 5 particles"),
         (lambda f: f.setParticleParameters(2, [1.0, 2.0]), "entry 2 has 2 parameters"),
         (lambda f: f.setEnergyFunction("q1*missing/r"), "missing"),

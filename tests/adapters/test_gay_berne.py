@@ -104,6 +104,22 @@ def reference_context(system):
     return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
 
 
+def test_particles_at_one_point():
+    """The limit of spheres that approach, with finite derivatives."""
+    system, force = openmm.System(), openmm.GayBerneForce()
+    for _ in range(2):
+        system.addParticle(1.0)
+        force.addParticle(0.3, 1.0, -1, -1, 0.2, 0.2, 0.2, 1, 1, 1)
+    system.addForce(force)
+    potential = mdgraft.graft(system)
+    near = torch.tensor([[0.0, 0, 0], [1e-9, 0, 0]], dtype=torch.float64)
+    at = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    energy = potential(at)
+    assert energy.item() == pytest.approx(potential(near).item(), rel=1e-6)
+    energy.backward()
+    assert all(p.grad.isfinite().all() for p in (at, *potential.parameters()))
+
+
 def test_host_route():
     """Where OpenMM accepts no change of one entry there is no difference to take."""
     system, positions = ellipsoids()
@@ -162,10 +178,12 @@ def test_refused_values(key, value, match):
         (lambda f: f.addParticle(1, 1, -1, -1, 1, 1, 1, 1, 1, 1), "has 13 particles"),
         (lambda f: f.setParticleParameters(0, 1, 1, 99, -1, 1, 1, 1, 1, 1, 1), "does not exist"),
         (lambda f: f.setExceptionParameters(0, 2, 1, 1, 1), "more than one exception"),
+        (lambda f: f.setCutoffDistance(0), "has a cutoff of 0 nm, which must be positive"),
+        (lambda f: f.setCutoffDistance(1.1), "half of the default box is 1.05 nm"),
     ],
 )
 def test_what_is_refused(change, match):
-    system, _ = ellipsoids()
+    system, _ = ellipsoids(method="CutoffPeriodic")
     change(system.getForce(0))
     with pytest.raises(mdgraft.InvalidInputError, match=match):
         mdgraft.graft(system)

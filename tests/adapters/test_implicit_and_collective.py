@@ -44,6 +44,12 @@ def obc(method="NoCutoff", cutoff=0.8):
     return force
 
 
+def obc_with(radius=0.15, scale=0.8):
+    force = obc()
+    force.setParticleParameters(2, 0.1, radius, scale)
+    return force
+
+
 def lcpo(periodic=False):
     rng = np.random.default_rng(2)
     force = openmm.LCPOForce()
@@ -61,6 +67,16 @@ def test_obc(method):
     if method == "CutoffPeriodic":
         positions += np.random.default_rng(3).integers(-1, 2, size=(N, 3)) @ BOX
     assert_agrees(system, positions)
+
+
+@pytest.mark.parametrize("which", ["Solute", "Solvent"])
+def test_without_a_dielectric_the_surface_remains(which):
+    force = obc()
+    getattr(force, f"set{which}Dielectric")(0.0)
+    system, positions = system_with(force)
+    potential = assert_agrees(system, positions, gradients=False)
+    potential(positions).backward()
+    assert all(p.grad.isfinite().all() for p in potential.parameters())
 
 
 @needs("LCPOForce")
@@ -162,6 +178,10 @@ def test_write_back():
 @pytest.mark.parametrize(
     ("force", "message"),
     [
+        (lambda: obc_with(radius=0.0), "radius: entry 2 is 0; OpenMM accepts only positive"),
+        (lambda: obc_with(scale=-0.1), "scaling_factor: entry 2 is -0.1"),
+        (lambda: obc("CutoffPeriodic", 0.0), "has a cutoff of 0 nm, which must be positive"),
+        (lambda: obc("CutoffPeriodic", 1.1), "half of the default box is 1 nm"),
         (lambda: openmm.GBSAOBCForce(), f"has 0 particles, the System {N}"),
         pytest.param(
             lambda: openmm.LCPOForce(), "has 0 particles, the System", marks=needs("LCPOForce")

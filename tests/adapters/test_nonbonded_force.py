@@ -429,6 +429,22 @@ BAD = {
         lambda s, f: (f.setUseSwitchingFunction(True), f.setSwitchingDistance(0.95)),
         r"switching_distance: 0.95 nm is not between 0 and the cutoff, 0.9 nm",
     ),
+    "switch without cutoff": (
+        lambda s, f: (
+            f.setNonbondedMethod(f.NoCutoff),
+            f.setUseSwitchingFunction(True),
+            f.setSwitchingDistance(0.95),
+        ),
+        r"switching_distance: 0.95 nm is not between 0 and the cutoff, 0.9 nm",
+    ),
+    "diverging tail": (
+        lambda s, f: (
+            f.setUseDispersionCorrection(True),
+            f.setUseSwitchingFunction(True),
+            f.setSwitchingDistance(0.0),
+        ),
+        r"switching_distance: the dispersion correction diverges at 0 nm",
+    ),
     "cutoff": (lambda s, f: f.setCutoffDistance(0.0), "has a cutoff of 0 nm, which must be"),
     "tolerance": (
         lambda s, f: f.setEwaldErrorTolerance(0.5),

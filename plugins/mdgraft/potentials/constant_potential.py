@@ -266,14 +266,17 @@ class ConstantPotential(AbstractTerm):
         if "charge_constraint_target" in values:
             other = torch.where(self.slot < 0, values["charge"], 0.0).sum()
             target = values["charge_constraint_target"] - other
+        # A product, since the derivative of a solution is wrong under vmap of forward mode.
+        inverse = torch.linalg.inv(matrix)
         solution = start
         # The first step solves, the second one carries the derivatives.
         for at in (fixed, geometry):
             last = at is geometry
-            solution = solution - torch.linalg.solve(matrix, slope(solution, at))
+            step = inverse @ slope(solution, at).unsqueeze(-1)
+            solution = solution - step.squeeze(-1)
             if target is not None:
                 goal = target if last else target.detach()
-                share = torch.linalg.solve(matrix, torch.ones_like(start))
+                share = inverse.sum(dim=-1)
                 share = share / share.sum(dim=-1, keepdim=True)
                 solution = solution + share * (goal - solution.sum(dim=-1, keepdim=True))
         return solution

@@ -156,7 +156,9 @@ class GayBerne(AbstractTerm):
         if pairs.frame is None:
             # An excluded pair adds nothing, whatever its distance.
             counts = counts & ~((epsilon == 0) & (r == 0))
-        unit = direction(torch.where(counts.unsqueeze(-1), vectors, torch.ones_like(vectors)))
+        # Ellipsoids at one point need some direction for their energy to be that of a contact.
+        apart = (counts & (r > 0)).unsqueeze(-1)
+        unit = direction(torch.where(apart, vectors, torch.ones_like(vectors)))
         g, det_g = _inverse_form(_added(extent, pairs), unit)
         b, _ = _inverse_form(_added(depth, pairs), unit)
         rho = sigma / (torch.where(counts, r, 1.0) - torch.rsqrt(0.5 * g) + sigma)

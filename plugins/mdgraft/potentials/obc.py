@@ -26,7 +26,7 @@ class GeneralizedBornOBC(AbstractTerm):
     charge, radius, scaling_factor
         ``(N,)`` [e], [nm], dimensionless.
     solute_dielectric, solvent_dielectric
-        ``()``.
+        ``()``; zero for either leaves only the surface.
     surface_area_energy
         ``()`` [kJ/mol/nm^2].
     cutoff
@@ -84,7 +84,7 @@ class GeneralizedBornOBC(AbstractTerm):
         born = self._born_radii(pairs, r, within, values, n_frames)
 
         charge = values["charge"]
-        tau = 1 / values["solute_dielectric"] - 1 / values["solvent_dielectric"]
+        tau = _difference(values["solute_dielectric"], values["solvent_dielectric"])
         i, j = pairs.first, pairs.second
         product = pairs.at(born, i) * pairs.at(born, j)
         distance = torch.sqrt(r * r + product * torch.exp(-r * r / (4 * product)))
@@ -117,6 +117,14 @@ class GeneralizedBornOBC(AbstractTerm):
         psi = 0.5 * offset * descreened
         smooth = torch.tanh(psi * (_ALPHA - psi * (_BETA - _GAMMA * psi)))
         return 1 / (1 / offset - smooth / radius)
+
+
+def _difference(solute: Tensor, solvent: Tensor) -> Tensor:
+    """``1/solute - 1/solvent``; zero if either is zero, which switches charges off in OpenMM."""
+    off = (solute == 0) | (solvent == 0)
+    return torch.where(
+        off, 0.0, 1 / torch.where(off, 1.0, solute) - 1 / torch.where(off, 1.0, solvent)
+    )
 
 
 def _integral(r: Tensor, own: Tensor, other: Tensor) -> Tensor:

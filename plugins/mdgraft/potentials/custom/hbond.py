@@ -106,14 +106,16 @@ class CustomHbond(AbstractCustomTerm):
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
         donor, acceptor, tuples = self._pairs(positions, box)
+        within = torch.ones_like(tuples.frame, dtype=torch.bool)
+        if math.isfinite(self.cutoff):
+            within = tuples.distance(0, 3) < self.cutoff
+            tuples = tuples.only(within, self.cutoff)
         variables = self.shared_values(global_values)
         for name, value in self.item_values(values).items():
             variables[name] = value[donor if name in self.donor_names else acceptor]
         variables |= tuples.variables(self.energy, _LABELS)
         energies = self.energy(variables, self.functions(values), like=positions)
-        energies = energies.expand(donor.shape[0])
-        if math.isfinite(self.cutoff):
-            energies = torch.where(tuples.distance(0, 3) < self.cutoff, energies, 0.0)
+        energies = torch.where(within, energies.expand(donor.shape[0]), 0.0)
         unused = sum((0.0 * value.sum() for value in values.values()), positions.new_zeros(()))
         return tuples.sum(energies) + unused + 0.0 * positions.sum(dim=(-2, -1))
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft._errors import BoxTooSmallError
 from mdgraft.kernels.observe import observe
-from mdgraft.kernels.periodic import minimum_image
+from mdgraft.kernels.pairs import close_pairs
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables
 from mdgraft.potentials.custom.points import GEOMETRY, POINT_FUNCTIONS
 from mdgraft.potentials.custom.tuples import Tuples, by_frame, in_every_frame
 
-# Entries of the largest temporary array while sets are listed.
-_CHUNK = 20_000_000
+# Candidates that are looked at together while sets are listed.
+_CHUNK = 5_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,8 @@ class SetRules:
     types
         ``(N,)`` type of each particle.
     filters
-        Types that each place in a set admits; empty for all.
+        Types that each place in a set admits; empty for all. Pairs with a central particle are
+        not filtered, as in OpenMM.
     exclusions
         ``(exclusions, 2)`` pairs that must not occur in a set.
     cutoff
@@ -52,46 +52,85 @@ class SetRules:
     exclusions: np.ndarray
     cutoff: float = math.inf
 
-    def list(self, close: np.ndarray) -> np.ndarray:
+    def list(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Sets ``(n, size)`` in the order in which the expression numbers their particles.
 
-        ``close`` ``(N, N)`` says which pairs are within the cutoff.
+        ``first``, ``second`` ``(pairs,)`` are the pairs within the cutoff, each once.
         """
-        n = len(close)
-        allowed = np.ones((n, n), dtype=bool)
-        np.fill_diagonal(allowed, False)
-        if len(self.exclusions):
-            first, second = self.exclusions.T
-            allowed[first, second] = allowed[second, first] = False
-        sets = np.arange(n)[:, None]
-        for place in range(1, self.size):
+        n, excluded = len(self.types), self._keys(*self.exclusions.reshape(-1, 2).T)
+        low, high = np.minimum(first, second), np.maximum(first, second)
+        allowed = ~_among(low * n + high, excluded)
+        low, high = low[allowed], high[allowed]
+        if self.central:
+            low, high = np.concatenate([low, high]), np.concatenate([high, low])
+        edges = np.sort(low * n + high)
+        start = np.searchsorted(edges, np.arange(n + 1) * n)
+        sets = np.stack([edges // n, edges % n], axis=1)
+        if self.size == 1:
+            sets = np.arange(n)[:, None]
+        for place in range(2, self.size):
+            # The next particle is a neighbour of the centre, or of the last one, which is lower.
+            anchor = sets[:, 0 if self.central else -1]
+            count = start[anchor + 1] - start[anchor]
             found = [np.empty((0, place + 1), dtype=np.int64)]
-            for start in range(0, len(sets), max(1, _CHUNK // (n * place))):
-                part = sets[start : start + max(1, _CHUNK // (n * place))]
-                mask = allowed[part].all(axis=1)
-                mask &= close[part[:, 0]] if self.central else close[part].all(axis=1)
-                if place > 1 or not self.central:
-                    mask &= np.arange(n) > part[:, -1:]
-                row, last = np.nonzero(mask)
-                found.append(np.concatenate([part[row], last[:, None]], axis=1))
+            for rows in _portions(count):
+                row = np.repeat(rows, count[rows])
+                within = np.arange(len(row)) - np.repeat(
+                    np.cumsum(count[rows]) - count[rows], count[rows]
+                )
+                part, last = sets[row], edges[start[anchor[row]] + within] % n
+                if self.central:
+                    keep = last > part[:, -1]
+                    for other in part[:, 1:].T:
+                        keep &= ~_among(self._keys(other, last, ordered=False), excluded)
+                else:
+                    keep = np.ones(len(row), dtype=bool)
+                    for other in part[:, :-1].T:
+                        keep &= _among(other * n + last, edges)
+                found.append(np.concatenate([part[keep], last[keep, None]], axis=1))
             sets = np.concatenate(found)
         return self._ordered(sets)
+
+    def _keys(self, one: np.ndarray, two: np.ndarray, *, ordered: bool = True) -> np.ndarray:
+        """A number for each pair, whichever particle comes first; sorted on request."""
+        keys = np.minimum(one, two) * len(self.types) + np.maximum(one, two)
+        return np.sort(keys) if ordered else keys
 
     def _ordered(self, sets: np.ndarray) -> np.ndarray:
         """Sets that pass the filters, permuted by the first permutation that lets them pass."""
         kinds = np.unique(self.types)
         admits = [np.array([not f or kind in f for kind in kinds]) for f in self.filters]
-        if all(a.all() for a in admits):
+        orders = _permutations(list(range(self.size)), 1 if self.central else 0)
+        # OpenMM does not look at filters where there is nothing to permute.
+        if all(a.all() for a in admits) or len(orders) == 1:
             return sets
         types = np.searchsorted(kinds, self.types)[sets]
         result, waiting = np.empty_like(sets), np.ones(len(sets), dtype=bool)
-        for order in _permutations(list(range(self.size)), 1 if self.central else 0):
+        for order in orders:
             passes = waiting.copy()
             for place, source in enumerate(order):
                 passes &= admits[place][types[:, source]]
             result[passes] = sets[passes][:, order]
             waiting &= ~passes
         return result[~waiting]
+
+
+def _among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which keys are among the sorted ``known`` ones."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=bool)
+    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    result: np.ndarray = known[place] == keys
+    return result
+
+
+def _portions(count: np.ndarray) -> Iterator[np.ndarray]:
+    """Ranges of rows of which each has so many entries, about `_CHUNK` of them at a time."""
+    total = np.cumsum(count)
+    portion = total // _CHUNK
+    edges = [0, *(np.flatnonzero(np.diff(portion)) + 1).tolist(), len(count)]
+    for low, high in itertools.pairwise(edges):
+        yield np.arange(low, high)
 
 
 def _permutations(values: list[int], fixed: int) -> list[list[int]]:
@@ -151,7 +190,7 @@ class CustomManyParticle(AbstractCustomTerm):
         # Without a cutoff the sets are always the same.
         sets = np.empty((0, rules.size), dtype=np.int64)
         if math.isinf(rules.cutoff):
-            sets = rules.list(np.ones((n, n), dtype=bool))
+            sets = rules.list(*np.triu_indices(n, 1))
         self.register_buffer("every", torch.from_numpy(sets), persistent=False)
         places = range(1, rules.size + 1)
         self.energy = Expression(
@@ -176,6 +215,12 @@ class CustomManyParticle(AbstractCustomTerm):
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
         tuples = self._sets(positions, box)
+        within = torch.ones_like(tuples.frame, dtype=torch.bool)
+        if math.isfinite(self.rules.cutoff):
+            for i, j in itertools.combinations(range(self.rules.size), 2):
+                if i == 0 or not self.rules.central:
+                    within = within & (tuples.distance(i, j) < self.rules.cutoff)
+            tuples = tuples.only(within, self.rules.cutoff)
         variables = tuples.variables(self.energy, self.labels)
         variables |= self.shared_values(global_values)
         for name, value in self.item_values(values).items():
@@ -185,10 +230,7 @@ class CustomManyParticle(AbstractCustomTerm):
         functions = tuples.point_functions() | self.functions(values)
         energies = self.energy(variables, functions, like=positions)
         energies = energies.expand(tuples.particles.shape[0])
-        for i, j in itertools.combinations(range(self.rules.size), 2):
-            if math.isfinite(self.rules.cutoff) and (i == 0 or not self.rules.central):
-                within = tuples.distance(i, j) < self.rules.cutoff
-                energies = torch.where(within, energies, 0.0)
+        energies = torch.where(within, energies, 0.0)
         unused = sum((0.0 * value.sum() for value in values.values()), positions.new_zeros(()))
         return tuples.sum(energies) + unused + 0.0 * positions.sum(dim=(-2, -1))
 
@@ -200,8 +242,9 @@ class CustomManyParticle(AbstractCustomTerm):
         def build(*frames: Tensor) -> Tensor:
             rows = [torch.empty(0, rules.size + 1, dtype=torch.long)]
             for f in range(frames[0].shape[0]):
-                cell = frames[1][f].cpu().double() if box is not None else None
-                sets = torch.from_numpy(rules.list(_close(frames[0][f], cell, rules.cutoff)))
+                cell = frames[1][f].cpu().double().numpy() if box is not None else None
+                pairs = close_pairs(frames[0][f].cpu().double().numpy(), cell, rules.cutoff)
+                sets = torch.from_numpy(rules.list(*pairs))
                 rows.append(torch.cat([torch.full_like(sets[:, :1], f), sets], dim=1))
             return torch.cat(rows).to(frames[0].device)
 
@@ -213,22 +256,3 @@ class CustomManyParticle(AbstractCustomTerm):
         observed = (positions,) if box is None else (positions, box)
         rows = observe(build, union, *observed)
         return by_frame(rows[:, 0], rows[:, 1:], positions, box)
-
-
-def _close(positions: Tensor, box: Tensor | None, cutoff: float) -> np.ndarray:
-    """Which pairs of particles are closer than the cutoff, ``(N, N)``."""
-    x = positions.detach().cpu().double()
-    if box is not None and bool((box.diagonal() < 1.999999 * cutoff).any()):
-        raise BoxTooSmallError(
-            f"box: has the diagonal {box.diagonal().tolist()} nm, but a cutoff of {cutoff:g} nm "
-            f"needs at least {2 * cutoff:g} nm in every direction; use a larger box or a shorter "
-            "cutoff"
-        )
-    close = np.zeros((len(x), len(x)), dtype=bool)
-    step = max(1, _CHUNK // (3 * max(len(x), 1)))
-    for start in range(0, len(x), step):
-        vectors = x[None] - x[start : start + step, None]
-        if box is not None:
-            vectors = minimum_image(vectors, box)
-        close[start : start + step] = ((vectors * vectors).sum(dim=-1) < cutoff**2).numpy()
-    return close

@@ -129,7 +129,8 @@ class CustomNonbonded(AbstractCustomTerm):
                 np.concatenate(list(member), -1), axis=0, return_inverse=True
             )
             signatures, kind = np.stack(np.split(unique, 2, axis=-1)), inverse.ravel()
-        one, two = signatures
+        # Products of integers are slow; these are exact.
+        one, two = signatures.astype(np.float64)
         forward = one @ two.T
         # Two particles that both are in both sets interact once, the lower index being first.
         backward = forward - (one * two) @ (one * two).T
@@ -137,7 +138,8 @@ class CustomNonbonded(AbstractCustomTerm):
             forward = np.ones_like(forward)
         self.register_buffer("kind", torch.from_numpy(kind), persistent=False)
         for name, weights in (("forward_weights", forward), ("backward_weights", backward)):
-            self.register_buffer(name, torch.from_numpy(weights), persistent=False)
+            whole = torch.from_numpy(weights.astype(np.int64))
+            self.register_buffer(name, whole, persistent=False)
         first, second = np.zeros((2, 0), dtype=np.int64)
         if groups and self.method is Method.NO_CUTOFF:
             first, second = self._list_groups(groups)

@@ -56,7 +56,9 @@ def point_function(name: str, box: Tensor | None) -> Callable[..., Tensor]:
         points = torch.stack(spread, dim=-1).reshape(-1, GEOMETRY[kind], 3)
         cells = box
         if box is not None:
-            cells = box[:, None].expand(-1, points.shape[0] // box.shape[0], 3, 3).reshape(-1, 3, 3)
+            # There may be neither points nor boxes.
+            times = points.shape[0] // max(box.shape[0], 1)
+            cells = box[:, None].expand(-1, times, 3, 3).reshape(-1, 3, 3)
         particles = torch.arange(GEOMETRY[kind], device=points.device).unsqueeze(0)
         result: Tensor = measure(kind, points, cells, particles).reshape(shape)
         return result

@@ -40,6 +40,19 @@ class Tuples:
         """Distances between two labels ``(n,)``."""
         return self._measure("distance", [first, second])
 
+    def only(self, within: Tensor, cutoff: float) -> Tuples:
+        """The same with some fixed arrangement within the cutoff in place of the other sets.
+
+        Expressions need not be finite beyond a cutoff, and a mask on their values would turn
+        infinite derivatives there into NaN.
+        """
+        n = self.points.shape[1]
+        t = torch.arange(1, n + 1, dtype=self.points.dtype, device=self.points.device) / n
+        # No three of these are on a line, no four in a plane.
+        curve = 0.5 * cutoff * torch.stack([t, t**2, t**3], dim=-1)
+        points = torch.where(within[:, None, None], self.points, curve)
+        return dataclasses.replace(self, points=points)
+
     def variables(self, expression: Expression, labels: Sequence[str]) -> dict[str, Tensor]:
         """Coordinates ``x1``, ... and geometric functions that an expression uses, ``(n,)``."""
         found = {
