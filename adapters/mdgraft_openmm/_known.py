@@ -22,6 +22,8 @@ _LONG_RANGE = 1e-6
 _INDUCED = 1e-5
 #: That of the field which induces them, damped with a constant of single precision.
 _INDUCING = 1e-7
+#: That of forces on quadrupoles with a trace, which energies keep, relative to the trace; as seen.
+_TRACED = 0.1
 
 
 def precision(system: openmm.System) -> dict[str, float]:
@@ -39,6 +41,9 @@ def precision(system: openmm.System) -> dict[str, float]:
                 found[name] = _INDUCED
             elif mesh:
                 found[name] = _INDUCING
+            traced = _TRACED * _relative_trace(force)
+            if traced > max(found.get(name, 0.0), 1e-10):
+                found[name] = traced
     return found
 
 
@@ -94,3 +99,12 @@ def _oblique_frames(force: openmm.Force) -> bool:
 def _stray_frames(force: openmm.HippoNonbondedForce) -> bool:
     rows = (force.getParticleParameters(i)[12:] for i in range(force.getNumParticles()))
     return any(kind == force.ZOnly and x < 0 for kind, _, x, _ in rows)
+
+
+def _relative_trace(force: openmm.AmoebaMultipoleForce) -> float:
+    """The largest trace of a quadrupole, relative to the largest component of any."""
+    rows = [force.getMultipoleParameters(i)[2] for i in range(force.getNumMultipoles())]
+    moments = np.array([[number(x) for x in row] for row in rows]).reshape(-1, 3, 3)
+    size = np.abs(moments).max(initial=0.0)
+    trace = np.abs(np.trace(moments, axis1=1, axis2=2)).max(initial=0.0)
+    return float(trace / size) if size else 0.0

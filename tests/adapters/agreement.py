@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mdgraft
 import numpy as np
+import openmm
 import torch
 from mdgraft.testing import (
     HostFunctions,
@@ -84,3 +85,29 @@ def assert_agrees(
     if consistent:
         check_potential(potential, x, cell_tensor, **options)
     return potential
+
+
+def reference_context(system):
+    """A Context on the Reference platform."""
+    platform = openmm.Platform.getPlatformByName("Reference")
+    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+
+
+def assert_follows_energy(system, positions, *, rtol=1e-8, energy_rtol=1e-12):
+    """Forces are the gradient of OpenMM's energy, where its own forces are not."""
+    context = reference_context(system)
+    potential = mdgraft.graft(system)
+    box = np.array([v._value for v in system.getDefaultPeriodicBoxVectors()], float)
+    direction = np.random.default_rng(6).normal(size=positions.shape)
+
+    def energy(t):
+        context.setPositions(positions + t * direction)
+        return context.getState(energy=True).getPotentialEnergy()._value
+
+    truth = finite_difference(energy, step=1e-3)
+    x, h = torch.tensor(positions), torch.tensor(box) if potential.periodic else None
+    with torch.no_grad():
+        work = -(potential.forces(x, h).numpy() * direction).sum()
+        found = potential(x, h).item()
+    assert abs(found - energy(0)) <= energy_rtol * abs(energy(0))
+    assert abs(work - truth.value) < rtol * abs(truth.value) + 3 * truth.error

@@ -6,9 +6,9 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, assert_follows_energy, reference_context
 from mdgraft.testing import finite_difference
-from test_amoeba_multipole import N, molecules, reference_context
+from test_amoeba_multipole import N, molecules
 
 Solvent = openmm.AmoebaGeneralizedKirkwoodForce
 
@@ -100,19 +100,7 @@ def test_agrees(options):
 def test_extrapolated_polarization():
     """The gradient of OpenMM's energy, which its forces are not."""
     system, positions = solvated(polarization="extrapolated")
-    context = reference_context(system)
-    potential = mdgraft.graft(system)
-    direction = np.random.default_rng(6).normal(size=positions.shape)
-
-    def energy(t):
-        context.setPositions(positions + t * direction)
-        return context.getState(energy=True).getPotentialEnergy()._value
-
-    truth = finite_difference(energy, step=1e-3)
-    with torch.no_grad():
-        work = -(potential.forces(torch.tensor(positions)).numpy() * direction).sum()
-    assert potential(torch.tensor(positions)).item() == pytest.approx(energy(0), rel=1e-12)
-    assert abs(work - truth.value) < 1e-8 * abs(truth.value) + 3 * truth.error
+    assert_follows_energy(system, positions)
 
 
 def test_routes():

@@ -9,7 +9,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, reference_context
 
 TRICLINIC = np.array([[0.9, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.1, 0.3, 1.0]])
 
@@ -165,8 +165,3 @@ def test_refuses_what_makes_no_sense(spoil, message):
     spoil(system.getForce(0))
     with pytest.raises(mdgraft.InvalidInputError, match=message):
         mdgraft.graft(system)
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)

@@ -9,7 +9,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, reference_context
 from mdgraft.potentials.amoeba.vdw import EPSILON_RULES, SIGMA_RULES
 
 Vdw = openmm.AmoebaVdwForce
@@ -276,8 +276,3 @@ def test_amoeba_water():
             full.removeForce(i)
     positions = np.array(modeller.positions._value)
     assert_agrees(full, positions, gradients=False, second=False, consistent=False)
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)

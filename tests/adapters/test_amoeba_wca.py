@@ -8,7 +8,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, reference_context
 
 
 def wca_system(*, n=8, spacing=0.22, radii=(0.1, 0.2), zero=(), seed=3, **options):
@@ -113,8 +113,3 @@ def test_refuses_a_wrong_count():
         reference_context(system)
     with pytest.raises(mdgraft.InvalidInputError, match="has 8 particles, the System 9"):
         mdgraft.graft(system)
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)

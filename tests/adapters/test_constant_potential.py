@@ -6,7 +6,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, reference_context
 
 Conp = openmm.ConstantPotentialForce
 BOX = np.diag([1.7, 1.8, 2.4])
@@ -207,8 +207,3 @@ def test_refuses_what_openmm_refuses(spoil, message):
         reference_context(system)
     with pytest.raises(mdgraft.InvalidInputError, match=message):
         mdgraft.graft(system)
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)

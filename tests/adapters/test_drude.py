@@ -8,7 +8,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, reference_context
 from mdgraft.potentials import SelfConsistent
 from openmm import app, unit
 
@@ -70,11 +70,6 @@ def test_pairs_across_the_boundary():
     x, term = torch.tensor(positions)[None], potential.term("DrudeForce")
     open_energy = term(x, None, term.parameter_values(), {})
     assert abs((open_energy - potential(x, torch.tensor(TRICLINIC))).item()) > 1e-4
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
 
 
 def test_no_oscillators():

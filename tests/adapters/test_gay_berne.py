@@ -6,8 +6,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
-from mdgraft.testing import finite_difference
+from agreement import assert_agrees, assert_follows_energy, reference_context
 
 N = 12
 BOX = np.array([[2.1, 0, 0], [0.3, 2.2, 0], [-0.4, 0.5, 2.3]])
@@ -55,22 +54,6 @@ def ellipsoids(
     return system, np.array(positions)
 
 
-def assert_follows_energy(potential, system, positions):
-    """Forces are the gradient of OpenMM's energy; its own are off by percents on ellipsoids."""
-    context = reference_context(system)
-    direction = np.random.default_rng(6).normal(size=positions.shape)
-
-    def energy(t):
-        context.setPositions(positions + t * direction)
-        return context.getState(energy=True).getPotentialEnergy()._value
-
-    truth = finite_difference(energy, step=1e-3)
-    with torch.no_grad():
-        forces = potential.forces(torch.tensor(positions), torch.tensor(BOX)).numpy()
-    work = -(forces * direction).sum()
-    assert abs(work - truth.value) < 1e-8 * abs(truth.value) + 3 * truth.error
-
-
 OPTIONS = [dict(), dict(biaxial=True), dict(zero=(1,)), dict(exceptions=False, spacing=0.7)]
 
 
@@ -85,8 +68,8 @@ def test_agrees(options, method, switch):
         positions = positions + images @ BOX
     # Where a depth is zero its derivative is infinite, and is taken as zero.
     gradients = "zero" not in options
-    potential = assert_agrees(system, positions, force_rtol=1.0, second=False, gradients=gradients)
-    assert_follows_energy(potential, system, positions)
+    assert_agrees(system, positions, force_rtol=1.0, second=False, gradients=gradients)
+    assert_follows_energy(system, positions)
 
 
 def test_spheres():
@@ -97,11 +80,6 @@ def test_spheres():
         sigma, epsilon, _, _, size, *_ = force.getParticleParameters(i)
         force.setParticleParameters(i, sigma, epsilon, -1, -1, size, size, size, 1.2, 1.2, 1.2)
     assert_agrees(system, positions)
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
 
 
 def test_particles_at_one_point():

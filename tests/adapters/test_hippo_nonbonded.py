@@ -6,9 +6,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_agrees
+from agreement import assert_agrees, assert_follows_energy, reference_context
 from mdgraft.potentials.hippo.damping import overlap, two_centers
-from mdgraft.testing import finite_difference
 from mdgraft_openmm._known import remarks
 
 Hippo = openmm.HippoNonbondedForce
@@ -113,24 +112,7 @@ def test_agrees(options):
 def test_frames_that_openmm_has_not_right(kind):
     """The gradient of OpenMM's energy, which its forces are not."""
     system, positions = molecules(axes=kind)
-    context = reference_context(system)
-    potential = mdgraft.graft(system)
-    direction = np.random.default_rng(6).normal(size=positions.shape)
-
-    def energy(t):
-        context.setPositions(positions + t * direction)
-        return context.getState(energy=True).getPotentialEnergy()._value
-
-    truth = finite_difference(energy, step=1e-3)
-    with torch.no_grad():
-        work = -(potential.forces(torch.tensor(positions)).numpy() * direction).sum()
-    assert potential(torch.tensor(positions)).item() == pytest.approx(energy(0), rel=1e-11)
-    assert abs(work - truth.value) < 1e-7 * abs(truth.value) + 3 * truth.error
-
-
-def reference_context(system):
-    platform = openmm.Platform.getPlatform("Reference")
-    return openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+    assert_follows_energy(system, positions, rtol=1e-7, energy_rtol=1e-11)
 
 
 def test_frames_with_z_only():
