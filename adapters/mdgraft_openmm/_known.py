@@ -9,10 +9,13 @@ from mdgraft_openmm._adapter import energy_forces
 from mdgraft_openmm._converter import number
 from mdgraft_openmm.virtual_sites import read_sites
 
+#: Classes whose pairs come from the neighbour list of the Reference platform.
 _WITH_NEIGHBOR_LIST = (
-    openmm.NonbondedForce.CutoffPeriodic,
-    openmm.NonbondedForce.PME,
-    openmm.NonbondedForce.LJPME,
+    "AmoebaVdwForce",
+    "ConstantPotentialForce",
+    "CustomGBForce",
+    "CustomNonbondedForce",
+    "NonbondedForce",
 )
 
 
@@ -69,8 +72,8 @@ def remarks(system: openmm.System, box: np.ndarray) -> list[str]:
         return found
     for name, force in energy_forces(system).items():
         if (
-            isinstance(force, openmm.NonbondedForce)
-            and force.getNonbondedMethod() in _WITH_NEIGHBOR_LIST
+            type(force).__name__ in _WITH_NEIGHBOR_LIST
+            and force.usesPeriodicBoundaryConditions()
             and min(box[1, 1], box[2, 2]) < 3 * number(force.getCutoffDistance())
         ):
             found.append(

@@ -50,6 +50,25 @@ def test_pairs_in_a_low_tilted_box():
     assert "less than three cutoffs high" in remark
     assert remarks(system, 2 * TILTED) == []
     assert remarks(system, np.diag([2.4, 2.4, 1.7])) == []
+    system.getForce(0).setNonbondedMethod(openmm.NonbondedForce.NoCutoff)
+    assert remarks(system, TILTED) == []
+
+
+def test_other_forces_with_pairs_in_a_low_tilted_box():
+    """The same pairs are missing where an expression has the energy."""
+    system, positions = charges()
+    force = openmm.CustomNonbondedForce(f"138.93545764438198*q1*q2*(1/r-1/{CUTOFF})")
+    force.addPerParticleParameter("q")
+    for i in range(len(positions)):
+        force.addParticle([system.getForce(0).getParticleParameters(i)[0]])
+    force.setNonbondedMethod(force.CutoffPeriodic)
+    force.setCutoffDistance(CUTOFF)
+    truth = brute_force(system, positions)
+    system.removeForce(0)
+    system.addForce(force)
+    assert mdgraft.graft(system)(positions, TILTED).item() == pytest.approx(truth, rel=1e-10)
+    (remark,) = remarks(system, TILTED)
+    assert "less than three cutoffs high" in remark
 
 
 def test_symmetry_sites_in_a_tilted_box():

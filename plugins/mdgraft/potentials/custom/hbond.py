@@ -116,7 +116,8 @@ class CustomHbond(AbstractCustomTerm):
         variables |= tuples.variables(self.energy, _LABELS)
         energies = self.energy(variables, self.functions(values), like=positions)
         energies = torch.where(within, energies.expand(donor.shape[0]), 0.0)
-        unused = sum((0.0 * value.sum() for value in values.values()), positions.new_zeros(()))
+        nothing = (value.flatten()[:0].sum() for value in values.values())
+        unused = sum(nothing, positions.new_zeros(()))
         return tuples.sum(energies) + unused + 0.0 * positions.sum(dim=(-2, -1))
 
     def _pairs(self, positions: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor, Tuples]:

@@ -231,7 +231,8 @@ class CustomManyParticle(AbstractCustomTerm):
         energies = self.energy(variables, functions, like=positions)
         energies = energies.expand(tuples.particles.shape[0])
         energies = torch.where(within, energies, 0.0)
-        unused = sum((0.0 * value.sum() for value in values.values()), positions.new_zeros(()))
+        nothing = (value.flatten()[:0].sum() for value in values.values())
+        unused = sum(nothing, positions.new_zeros(()))
         return tuples.sum(energies) + unused + 0.0 * positions.sum(dim=(-2, -1))
 
     def _sets(self, positions: Tensor, box: Tensor | None) -> Tuples:
