@@ -53,12 +53,17 @@ def row(force_class):
     return f"| {link} | {potential.routes[term]} | {parameters} | {files} |"
 
 
+def rows():
+    """The lines of the classes that this OpenMM has."""
+    return [row(c) for c in force_classes() if c in EXAMPLES]
+
+
 def table():
     """The whole table."""
     head = ["| Force | Route | Parameters | Tests |", "|---|---|---|---|"]
-    rows = [row(c) for c in force_classes() if c in EXAMPLES]
-    native = sum("| native |" in line for line in rows)
-    return "\n".join([*head, *rows, "", f"{native} of {len(rows)} have a native form.", ""])
+    body = rows()
+    native = sum("| native |" in line for line in body)
+    return "\n".join([*head, *body, "", f"{native} of {len(body)} have a native form.", ""])
 
 
 def updated(page):

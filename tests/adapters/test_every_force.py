@@ -1,11 +1,13 @@
 """Every Force class that has energy, by each route."""
 
+import re
+
 import mdgraft
 import openmm
 import pytest
 import torch
 from force_examples import EXAMPLES, example
-from force_table import INDEX, files_about, force_classes, section, updated
+from force_table import INDEX, files_about, force_classes, rows, section, updated
 
 
 def by_class(cls):
@@ -21,7 +23,12 @@ def test_every_class_has_an_example_a_section_and_tests():
 
 def test_table_is_up_to_date():
     page = INDEX.read_text(encoding="utf-8")
-    assert updated(page) == page, "run python tests/adapters/force_table.py"
+    listed = re.findall(r"^\| \[(\w+)\]", page, flags=re.MULTILINE)
+    if not all(hasattr(openmm, name) for name in listed):
+        # An older OpenMM has only some of the lines.
+        assert set(rows()) <= set(page.splitlines()), "run force_table.py with the newest OpenMM"
+    else:
+        assert updated(page) == page, "run python tests/adapters/force_table.py"
 
 
 @pytest.mark.parametrize("force_class", EXAMPLES, ids=by_class)
