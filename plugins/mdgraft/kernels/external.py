@@ -8,7 +8,7 @@ loss or a Hessian-vector product needs. Third derivatives raise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import UnsupportedDerivativeError
+from mdgraft.kernels.batching import one_by_one
 
 #: Positions ``(F, N, 3)``, box ``(F, 3, 3)`` (empty in an open system), then parameters.
 Arrays = Sequence[np.ndarray]
@@ -129,22 +130,6 @@ def _like(array: np.ndarray | None, tensor: Tensor) -> Tensor:
     return torch.as_tensor(array, dtype=tensor.dtype, device=tensor.device)
 
 
-def _one_by_one(
-    function: Callable[..., Any], info: Any, in_dims: Sequence[int | None], inputs: Sequence[Any]
-) -> Any:
-    """A vmap rule: the engine takes one configuration after the other anyway."""
-    results = []
-    for b in range(info.batch_size):
-        chosen = [
-            x if dim is None else x.select(dim, b) for x, dim in zip(inputs, in_dims, strict=True)
-        ]
-        results.append(function(*chosen))
-    if isinstance(results[0], tuple):
-        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-    return torch.stack(results), 0
-
-
 class _Energy(torch.autograd.Function):
     """``(engine, *tensors) -> (F,)``."""
 
@@ -186,9 +171,8 @@ class _Energy(torch.autograd.Function):
         return change
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], engine: Engine, *tensors: Tensor) -> Any:
-        apply: Any = _Energy.apply
-        return _one_by_one(lambda *t: apply(engine, *t), info, in_dims[1:], tensors)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(_Energy, info, in_dims, args)
 
 
 class _Slope(torch.autograd.Function):
@@ -260,16 +244,8 @@ class _Slope(torch.autograd.Function):
         return change
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        engine: Engine,
-        wanted: tuple[bool, ...],
-        n: int,
-        *inputs: Tensor,
-    ) -> Any:
-        apply: Any = _Slope.apply
-        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(_Slope, info, in_dims, args)
 
 
 def _by_frame(products: Tensor) -> Tensor:
@@ -322,15 +298,8 @@ class _Gradient(torch.autograd.Function):
         return result
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        engine: Engine,
-        wanted: tuple[bool, ...],
-        *tensors: Tensor,
-    ) -> Any:
-        apply: Any = _Gradient.apply
-        return _one_by_one(lambda *t: apply(engine, wanted, *t), info, in_dims[2:], tensors)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(_Gradient, info, in_dims, args)
 
 
 class _Product(torch.autograd.Function):
@@ -386,16 +355,8 @@ class _Product(torch.autograd.Function):
         return result
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        engine: Engine,
-        wanted: tuple[bool, ...],
-        n: int,
-        *inputs: Tensor,
-    ) -> Any:
-        apply: Any = _Product.apply
-        return _one_by_one(lambda *t: apply(engine, wanted, n, *t), info, in_dims[3:], inputs)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(_Product, info, in_dims, args)
 
 
 class _Constant(torch.autograd.Function):

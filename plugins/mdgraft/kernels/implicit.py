@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import SimulationError
+from mdgraft.kernels.batching import one_by_one
 
 #: A linear map of vectors ``(frames, n, 3)``.
 Linear = Callable[[Tensor], Tensor]
@@ -122,20 +123,6 @@ def _solve(*args: Any) -> Tensor:
     return result
 
 
-def one_by_one(
-    function: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> tuple[Tensor, int]:
-    """Rule for `torch.vmap`: members of a batch one after the other."""
-    members = []
-    for k in range(info.batch_size):
-        member = [
-            arg if dim is None else arg.select(dim, k)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        members.append(function.apply(*member))
-    return torch.stack(members), 0
-
-
 class _LinearSolve(torch.autograd.Function):
     """The solution; zero if it is known to vanish, so that only its derivatives count."""
 
@@ -175,7 +162,7 @@ class _LinearSolve(torch.autograd.Function):
         return _solve(*ctx.problem, False, vector, vector.detach(), *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return one_by_one(_LinearSolve, info, in_dims, args)
 
 
@@ -213,5 +200,5 @@ class _ResponseForm(torch.autograd.Function):
         return total
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return one_by_one(_ResponseForm, info, in_dims, args)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, SimulationError
 from mdgraft._types import BoxLike, PositionsLike
-from mdgraft.kernels.implicit import Linear, conjugate_gradients, one_by_one
+from mdgraft.kernels.batching import one_by_one
+from mdgraft.kernels.implicit import Linear, conjugate_gradients
 from mdgraft.potentials._inputs import as_frames
 from mdgraft.potentials.potential import Potential
 
@@ -225,7 +226,7 @@ class _Search(torch.autograd.Function):
         return None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return one_by_one(_Search, info, in_dims, args)
 
 
@@ -255,7 +256,7 @@ class _Response(torch.autograd.Function):
         return _respond(ctx.problem, True, grad_inputs[2], *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return one_by_one(_Response, info, in_dims, args)
 
 
@@ -291,5 +292,5 @@ class _Quadratic(torch.autograd.Function):
         return (response * grad_inputs[1]).sum(dim=(-2, -1))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return one_by_one(_Quadratic, info, in_dims, args)
