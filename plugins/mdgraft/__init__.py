@@ -17,6 +17,7 @@ from mdgraft._errors import WrongEnsembleError as WrongEnsembleError
 from mdgraft._graft import graft as graft
 from mdgraft.estimate import Estimate as Estimate
 from mdgraft.frames import Frames as Frames
+from mdgraft.kernels.switch import plain_kernels as plain_kernels
 from mdgraft.potentials import Potential as Potential
 
 __version__ = "0.1.0"

@@ -154,12 +154,8 @@ def close_pairs(
     positions: np.ndarray, box: np.ndarray | None, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Half list of one frame as two int64 arrays."""
-    if box is not None and np.any(np.diagonal(box) < 1.999999 * cutoff):
-        raise BoxTooSmallError(
-            f"box: has the diagonal {np.diagonal(box).tolist()} nm, but a cutoff of {cutoff:g} nm "
-            f"needs at least {2 * cutoff:g} nm in every direction; use a larger box or a shorter "
-            "cutoff"
-        )
+    if box is not None:
+        require_room(box, cutoff)
     if len(positions) < 2:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     # Starting threads costs more than they save on a small system.
@@ -172,3 +168,13 @@ def close_pairs(
         quantities="ij",
     )
     return i.astype(np.int64), j.astype(np.int64)
+
+
+def require_room(box: np.ndarray, cutoff: float) -> None:
+    """Raise `BoxTooSmallError` unless a box ``(3, 3)`` is at least two cutoffs wide."""
+    if np.any(np.diagonal(box) < 1.999999 * cutoff):
+        raise BoxTooSmallError(
+            f"box: has the diagonal {np.diagonal(box).tolist()} nm, but a cutoff of {cutoff:g} nm "
+            f"needs at least {2 * cutoff:g} nm in every direction; use a larger box or a shorter "
+            "cutoff"
+        )

@@ -13,11 +13,11 @@ from torch import Tensor
 from mdgraft._errors import InvalidInputError
 from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERGY, NANOMETER
 from mdgraft.kernels.ewald import ewald_reciprocal
-from mdgraft.kernels.pairs import Pairs, all_pairs, exclusion_keys, neighbor_pairs
 from mdgraft.kernels.periodic import volume
 from mdgraft.kernels.pme import pme_coulomb, pme_dispersion
 from mdgraft.kernels.special import erf_over_root
 from mdgraft.potentials import pair_forms
+from mdgraft.potentials.direct_space import DirectSpace
 from mdgraft.potentials.geometry import displacement
 from mdgraft.potentials.term import AbstractTerm
 
@@ -138,7 +138,6 @@ class Nonbonded(AbstractTerm):
     """
 
     exceptions: Tensor
-    excluded: Tensor
     global_defaults: Tensor
 
     def __init__(
@@ -163,9 +162,6 @@ class Nonbonded(AbstractTerm):
         self.settings = settings
         self.global_names = global_names
         self.register_buffer("exceptions", exceptions)
-        self.register_buffer(
-            "excluded", exclusion_keys(exceptions, charge.shape[0]), persistent=False
-        )
         defaults = charge.new_zeros(0) if global_defaults is None else global_defaults
         self.register_buffer("global_defaults", defaults)
         for name, value, unit in zip(
@@ -185,6 +181,11 @@ class Nonbonded(AbstractTerm):
             self.add_parameter(
                 "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
             )
+        switched = switching_distance is not None
+        self._direct_space = DirectSpace(settings, exceptions, charge.shape[0], switched=switched)
+        # LJPME does not switch.
+        self._shared: tuple[str, ...] = ("switching_distance",) if self._direct_space.switched else ()
+        self._shared += ("reaction_field_dielectric",)
         self._add_offsets("particle_offset", particle_offsets)
         self._add_offsets("exception_offset", exception_offsets)
 
@@ -214,7 +215,10 @@ class Nonbonded(AbstractTerm):
         charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
         energy = 0.0 * positions.sum(dim=(-2, -1))
         if settings.include_direct:
-            energy = energy + self._direct(positions, box, charge, sigma, epsilon, values)
+            shared = [values[name] for name in self._shared if name in values]
+            energy = energy + self._direct_space.energy(
+                positions, box, charge, sigma, epsilon, shared
+            )
             energy = energy + self._exceptions(positions, box, values, present)
             if settings.dispersion_correction and settings.method is not Method.LJPME:
                 assert box is not None
@@ -260,49 +264,6 @@ class Nonbonded(AbstractTerm):
             quantity.index_add(0, target, factor * scale)
             for quantity, scale in zip(base, scales, strict=True)
         ]
-
-    def _direct(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        charge: Tensor,
-        sigma: Tensor,
-        epsilon: Tensor,
-        values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Pairs within the cutoff that are not exceptions."""
-        settings = self.settings
-        pairs: Pairs
-        if settings.method is Method.NO_CUTOFF:
-            pairs = all_pairs(positions.shape[1], self.excluded)
-        else:
-            pairs = neighbor_pairs(positions, box, cutoff=settings.cutoff, excluded=self.excluded)
-        i, j = pairs.first, pairs.second
-        vectors = pairs.displacements(positions, box)
-        r2 = (vectors * vectors).sum(dim=-1)
-        qq = charge[i] * charge[j]
-        root = pair_forms.root_epsilon(epsilon)
-        s, e = 0.5 * (sigma[i] + sigma[j]), root[i] * root[j]
-
-        lj = pair_forms.lennard_jones(r2, s, e)
-        if settings.method is Method.NO_CUTOFF:
-            return pairs.sum(lj + pair_forms.coulomb(r2, qq), positions.shape[0])
-        if settings.method is Method.LJPME:
-            c6 = 2 * root * sigma**3
-            lj = lj + pair_forms.ljpme_direct(
-                r2, c6[i] * c6[j], s, e, settings.dispersion_alpha, settings.cutoff
-            )
-        elif "switching_distance" in values:
-            distance = torch.sqrt(r2)
-            lj = lj * pair_forms.switch(distance, values["switching_distance"], settings.cutoff)
-        if settings.method.ewald:
-            electrostatic = pair_forms.ewald_direct(r2, qq, settings.alpha)
-        else:
-            electrostatic = pair_forms.reaction_field(
-                r2, qq, settings.cutoff, values["reaction_field_dielectric"]
-            )
-        within = r2 < settings.cutoff**2
-        return pairs.sum(torch.where(within, lj + electrostatic, 0.0), positions.shape[0])
 
     def _exceptions(
         self,

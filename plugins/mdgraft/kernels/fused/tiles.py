@@ -1,0 +1,435 @@
+"""The compiled loop over pairs: tiles of four particles times one vector of particles.
+
+Particles come sorted into clusters as long as a vector register, and all quantities of a cluster
+lie together. A tile pairs four particles, one after the other, with all lanes of a cluster, so that
+nothing is gathered or scattered (S. Pall and B. Hess, Comput. Phys. Commun. 184, 2641 (2013)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llvmlite import ir
+
+from mdgraft.kernels.fused import jit
+from mdgraft.kernels.fused.emit import FLAGS, Emitter, Value
+from mdgraft.kernels.fused.graph import Graph, Node, Series, gradient, tangents, topological
+
+#: Particles that a tile takes one after the other.
+ROWS = 4
+#: Numbers that describe a row of tiles, see `emit_loop`.
+ROW_FIELDS = 6
+
+_INDEX = ir.IntType(64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairFormula:
+    """The energy of a pair as a function of its squared distance.
+
+    Attributes
+    ----------
+    particle
+        Names of the quantities that each particle has.
+    shared
+        Names of quantities that all pairs share, in which derivatives are taken.
+    constants
+        Names of numbers that are known when the code runs, without derivatives.
+    energy
+        ``(graph, squared distance, first, second, shared and constants) -> energy``, where
+        ``first`` and ``second`` hold the particles' quantities by name.
+    """
+
+    particle: tuple[str, ...]
+    shared: tuple[str, ...]
+    constants: tuple[str, ...]
+    energy: Callable[
+        [Graph, Node, Mapping[str, Node], Mapping[str, Node], Mapping[str, Node]], Node
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a loop computes beside or, if ``second``, instead of energies.
+
+    Attributes
+    ----------
+    positions, particle, shared
+        Whether derivatives in these are computed.
+    second
+        Whether it is changes of these derivatives when everything changes along directions.
+    """
+
+    positions: bool = False
+    particle: bool = False
+    shared: bool = False
+    second: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Formulas:
+    energy: Node | None
+    slopes: tuple[Node, ...]
+    first: tuple[Node, ...]
+    second: tuple[Node, ...]
+    shared: tuple[Node, ...]
+
+    @property
+    def roots(self) -> list[Node]:
+        energy = [] if self.energy is None else [self.energy]
+        return [*energy, *self.slopes, *self.first, *self.second, *self.shared]
+
+
+def _formulas(formula: PairFormula, task: Task) -> _Formulas:
+    """The pair energy and those of its derivatives that the task names."""
+    graph = Graph()
+    vector = [graph.input(axis) for axis in "xyz"]
+    u = graph.input("u")
+    first = {name: graph.input(f"{name}_i") for name in formula.particle}
+    second = {name: graph.input(f"{name}_j") for name in formula.particle}
+    common = {name: graph.input(name) for name in (*formula.shared, *formula.constants)}
+    energy = formula.energy(graph, u, first, second, common)
+    slopes: list[Node] = []
+    if task.positions:
+        (in_u,) = gradient(energy, [u])
+        slopes = [2.0 * in_u * component for component in vector]
+    quantities = [*first.values(), *second.values()] if task.particle else []
+    numbers = [common[name] for name in formula.shared] if task.shared else []
+    partial = gradient(energy, [*quantities, *numbers])
+    n = len(formula.particle) if task.particle else 0
+    parts = (slopes, partial[:n], partial[n : 2 * n], partial[2 * n :])
+    if not task.second:
+        return _Formulas(energy, *(tuple(part) for part in parts))
+    change = [graph.input(f"d{axis}") for axis in "xyz"]
+    seeds = dict(zip(vector, change, strict=True))
+    seeds[u] = 2.0 * sum((a * b for a, b in seeds.items()), start=graph.constant(0.0))
+    for name in formula.particle:
+        seeds[first[name]] = graph.input(f"d{name}_i")
+        seeds[second[name]] = graph.input(f"d{name}_j")
+    for name in formula.shared:
+        seeds[common[name]] = graph.input(f"d{name}")
+    return _Formulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A compiled loop and the layout of what it reads and writes.
+
+    Attributes
+    ----------
+    function
+        The code, see `emit_loop` for its arguments.
+    lanes
+        Particles in a cluster.
+    n_inputs, n_outputs
+        Numbers that each particle brings and gets.
+    series
+        Functions whose coefficients the table of numbers must hold, in this order.
+    n_sums
+        Sums over all pairs: the energy first unless the loop is of second order, then derivatives
+        in shared quantities.
+    """
+
+    function: Any
+    lanes: int
+    n_inputs: int
+    n_outputs: int
+    series: tuple[Series, ...]
+    n_sums: int
+
+
+@functools.lru_cache(maxsize=256)
+def compiled_loop(formula: PairFormula, task: Task, double: bool) -> Loop:
+    """The loop for a formula in one precision."""
+    formulas = _formulas(formula, task)
+    scalar = ir.DoubleType() if double else ir.FloatType()
+    lanes = max(ROWS, jit.lanes(8 if double else 4))
+    series = tuple(
+        dict.fromkeys(
+            node.payload for node in topological(formulas.roots) if isinstance(node.payload, Series)
+        )
+    )
+    loop = _LoopEmitter(formula, task, formulas, scalar, lanes, series)
+    pointer = ctypes.c_void_p
+    number = ctypes.c_int64
+    function = jit.compiled("pairs", loop.emit(), [number, number, pointer, *(pointer,) * 7])
+    return Loop(function, lanes, loop.n_inputs, loop.n_outputs, series, loop.n_sums)
+
+
+class _LoopEmitter:
+    """Writes ``pairs(begin, end, rows, tiles, masks, numbers, shifts, data, out, sums)``.
+
+    ``rows`` ``(n, ROW_FIELDS)`` int64 lists for each row of tiles its four particles (as their
+    index over four), its shift, where its tiles begin, where those begin that need no mask, where
+    they end, and where its masks begin; ``tiles`` int32 are clusters; ``masks`` int64 have one bit
+    a pair, lanes fastest. ``numbers`` are the squared cutoff, shared quantities, their directions
+    if the loop is of second order, constants, then for each series a factor, a shift and
+    coefficients. ``shifts`` ``(n, 3)`` are added to the four particles (second order: ``(n, 6)``,
+    the last three are the direction). ``data`` ``(clusters, n_inputs, lanes)`` and ``out``
+    ``(clusters, n_outputs, lanes)`` belong to particles, ``sums`` float64 ``(n_sums + 3 shifts,)``
+    to all pairs and, derivatives in the shifts, to each shift.
+    """
+
+    def __init__(
+        self,
+        formula: PairFormula,
+        task: Task,
+        formulas: _Formulas,
+        scalar: Any,
+        lanes: int,
+        series: tuple[Series, ...],
+    ) -> None:
+        self.formula, self.task, self.formulas = formula, task, formulas
+        self.scalar, self.lanes, self.series = scalar, lanes, series
+        axes = ("x", "y", "z")
+        inputs = [*axes, *formula.particle]
+        if task.second:
+            inputs += [f"d{name}" for name in inputs]
+        self.inputs = inputs
+        self.n_inputs = len(inputs)
+        self.n_outputs = len(formulas.slopes) + len(formulas.first)
+        self.n_sums = len(formulas.shared) + (formulas.energy is not None)
+
+    # The function -----------------------------------------------------------------------------
+
+    def emit(self) -> str:
+        module = ir.Module("mdgraft")
+        number = self.scalar.as_pointer()
+        integers = _INDEX.as_pointer()
+        signature = ir.FunctionType(
+            ir.VoidType(),
+            [
+                _INDEX,
+                _INDEX,
+                integers,
+                ir.IntType(32).as_pointer(),
+                integers,
+                number,
+                number,
+                number,
+                number,
+                ir.DoubleType().as_pointer(),
+            ],
+        )
+        function = ir.Function(module, signature, "pairs")
+        for argument in function.args[2:]:
+            argument.add_attribute("noalias")
+        self.begin, self.end, self.rows, self.tiles, self.masks = function.args[:5]
+        self.numbers, self.shifts, self.data, self.out, self.sums = function.args[5:]
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        self.builder = builder
+        self.emitter = Emitter(builder, self.scalar, self.lanes, self._coefficients)
+        self._allocate()
+        self._load_numbers()
+        self._loop(self.begin, self.end, self._row)
+        builder.ret_void()
+        # Long vectors are the point of all this.
+        return _with_attribute(str(module), f'"prefer-vector-width"="{8 * self._alignment}"')
+
+    def _loop(self, begin: Value, end: Value, body: Callable[[Value], None]) -> None:
+        """``for (k = begin; k < end; ++k) body(k)``."""
+        builder = self.builder
+        start = builder.block
+        head = builder.append_basic_block("head")
+        inside = builder.append_basic_block("body")
+        after = builder.append_basic_block("after")
+        builder.branch(head)
+        builder.position_at_end(head)
+        k = builder.phi(_INDEX)
+        k.add_incoming(begin, start)
+        builder.cbranch(builder.icmp_signed("<", k, end), inside, after)
+        builder.position_at_end(inside)
+        body(k)
+        k.add_incoming(builder.add(k, _INDEX(1)), builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+
+    def _allocate(self) -> None:
+        """Sums of the row that is being worked on; the compiler keeps them in registers."""
+        n = self.n_outputs
+
+        def vectors(count: int) -> list[Value]:
+            return [self.builder.alloca(self.emitter.vector) for _ in range(count)]
+
+        self.of_rows = [vectors(n) for _ in range(ROWS)]
+        self.of_all = vectors(self.n_sums)
+
+    def _load_numbers(self) -> None:
+        formula = self.formula
+        names = ["cutoff_squared", *formula.shared]
+        if self.task.second:
+            names += [f"d{name}" for name in formula.shared]
+        names += formula.constants
+        self.common = {
+            name: self.emitter.broadcast(self._at(self.numbers, _INDEX(k)))
+            for k, name in enumerate(names)
+        }
+        self.tables: dict[Series, int] = {}
+        place = len(names)
+        for series in self.series:
+            self.tables[series] = place
+            place += series.degree + 3
+
+    def _coefficients(self, series: Series) -> tuple[list[Value], Value, Value]:
+        place = self.tables[series]
+        values = [
+            self.emitter.broadcast(self._at(self.numbers, _INDEX(place + k)))
+            for k in range(series.degree + 3)
+        ]
+        return values[2:], values[0], values[1]
+
+    # A row of tiles ---------------------------------------------------------------------------
+
+    def _row(self, row: Value) -> None:
+        builder, emitter = self.builder, self.emitter
+        base = builder.mul(row, _INDEX(ROW_FIELDS))
+        four, shift, begin, middle, end, first_mask = (
+            self._at(self.rows, builder.add(base, _INDEX(k))) for k in range(ROW_FIELDS)
+        )
+        zero = emitter.constant(0.0)
+        for place in (*(p for own in self.of_rows for p in own), *self.of_all):
+            builder.store(zero, place)
+        particle = builder.mul(four, _INDEX(ROWS))
+        cluster = builder.sdiv(particle, _INDEX(self.lanes))
+        lane = builder.srem(particle, _INDEX(self.lanes))
+        source = builder.add(builder.mul(cluster, _INDEX(self.n_inputs * self.lanes)), lane)
+        n_shifts = 6 if self.task.second else 3
+        shifted = {}
+        for k, name in enumerate(("x", "y", "z", "dx", "dy", "dz")[:n_shifts]):
+            place = builder.add(builder.mul(shift, _INDEX(n_shifts)), _INDEX(k))
+            shifted[name] = self._at(self.shifts, place)
+        rows = []
+        for i in range(ROWS):
+            values = {}
+            for k, name in enumerate(self.inputs):
+                value = self._at(self.data, builder.add(source, _INDEX(k * self.lanes + i)))
+                if name in shifted:
+                    value = builder.fadd(value, shifted[name])
+                values[name] = emitter.broadcast(value)
+            rows.append(values)
+
+        def masked(tile: Value) -> None:
+            place = builder.add(first_mask, builder.sub(tile, begin))
+            self._tile(tile, rows, self._at(self.masks, place))
+
+        self._loop(begin, middle, masked)
+        self._loop(middle, end, lambda tile: self._tile(tile, rows, None))
+        target = builder.add(builder.mul(cluster, _INDEX(self.n_outputs * self.lanes)), lane)
+        of_shift = [self.scalar(0.0)] * len(self.formulas.slopes)
+        for i in range(ROWS):
+            for k, accumulator in enumerate(self.of_rows[i]):
+                total = emitter.total(builder.load(accumulator))
+                place = builder.add(target, _INDEX(k * self.lanes + i))
+                self._add(self.out, place, total)
+                if k < len(of_shift):
+                    of_shift[k] = builder.fadd(of_shift[k], total)
+        double = ir.DoubleType()
+
+        def precise(value: Value) -> Value:
+            return value if value.type == double else builder.fpext(value, double)
+
+        for k, accumulator in enumerate(self.of_all):
+            self._add(self.sums, _INDEX(k), precise(emitter.total(builder.load(accumulator))))
+        for k, value in enumerate(of_shift):
+            place = builder.add(builder.mul(shift, _INDEX(3)), _INDEX(self.n_sums + k))
+            self._add(self.sums, place, precise(value))
+
+    # A tile -----------------------------------------------------------------------------------
+
+    def _tile(self, tile: Value, rows: list[dict[str, Value]], mask: Value | None) -> None:
+        builder = self.builder
+        cluster = builder.sext(self._at(self.tiles, tile), _INDEX)
+        columns = {
+            name: self._vector(self.data, cluster, self.n_inputs, k)[0]
+            for k, name in enumerate(self.inputs)
+        }
+        targets = [
+            self._vector(self.out, cluster, self.n_outputs, k) for k in range(self.n_outputs)
+        ]
+        sums = [value for value, _ in targets]
+        for i, row in enumerate(rows):
+            sums = self._pairs(i, row, columns, mask, sums)
+        for value, (_, pointer) in zip(sums, targets, strict=True):
+            builder.store(value, pointer, align=self._alignment)
+
+    def _pairs(
+        self,
+        i: int,
+        row: Mapping[str, Value],
+        columns: Mapping[str, Value],
+        mask: Value | None,
+        sums: list[Value],
+    ) -> list[Value]:
+        """One particle with all lanes; returns the sums that belong to the lanes."""
+        builder, emitter = self.builder, self.emitter
+        values = dict(self.common)
+        for name in self.inputs:
+            if name.removeprefix("d") in ("x", "y", "z"):
+                values[name] = builder.fsub(columns[name], row[name], flags=FLAGS)
+            else:
+                values[f"{name}_i"], values[f"{name}_j"] = row[name], columns[name]
+        squares = [builder.fmul(values[axis], values[axis], flags=FLAGS) for axis in "xyz"]
+        distance = builder.fadd(squares[0], squares[1], flags=FLAGS)
+        distance = builder.fadd(distance, squares[2], flags=FLAGS)
+        within = builder.fcmp_ordered("<", distance, self.common["cutoff_squared"])
+        if mask is not None:
+            bits = builder.lshr(mask, mask.type(i * self.lanes))
+            bits = builder.trunc(bits, ir.IntType(self.lanes))
+            within = builder.and_(within, builder.bitcast(bits, within.type))
+        # What does not count must not divide by zero either.
+        values["u"] = builder.select(within, distance, emitter.constant(1.0))
+        formulas = self.formulas
+        results = emitter.formulas(formulas.roots, values)
+        start = 0 if formulas.energy is None else 1
+        n_slopes, n_particle = len(formulas.slopes), len(formulas.first)
+        slopes = results[start : start + n_slopes]
+        first = results[start + n_slopes : start + n_slopes + n_particle]
+        second = results[start + n_slopes + n_particle : start + n_slopes + 2 * n_particle]
+        overall = [*results[:start], *results[start + n_slopes + 2 * n_particle :]]
+
+        def counted(total: Value, change: Value, combine: Any) -> Value:
+            return builder.select(within, combine(total, change, flags=FLAGS), total)
+
+        for place, change in zip(self.of_all, overall, strict=True):
+            builder.store(counted(builder.load(place), change, builder.fadd), place)
+        for k, place in enumerate(self.of_rows[i]):
+            change, combine = (
+                (slopes[k], builder.fsub) if k < n_slopes else (first[k - n_slopes], builder.fadd)
+            )
+            builder.store(counted(builder.load(place), change, combine), place)
+        return [
+            counted(total, change, builder.fadd)
+            for total, change in zip(sums, [*slopes, *second], strict=True)
+        ]
+
+    # Memory -----------------------------------------------------------------------------------
+
+    @property
+    def _alignment(self) -> int:
+        return self.lanes * (8 if isinstance(self.scalar, ir.DoubleType) else 4)
+
+    def _at(self, array: Value, place: Value) -> Value:
+        return self.builder.load(self.builder.gep(array, [place]))
+
+    def _add(self, array: Value, place: Value, value: Value) -> None:
+        pointer = self.builder.gep(array, [place])
+        self.builder.store(self.builder.fadd(self.builder.load(pointer), value), pointer)
+
+    def _vector(self, array: Value, cluster: Value, size: int, k: int) -> tuple[Value, Value]:
+        """Quantity ``k`` of a cluster, and where it lies."""
+        builder = self.builder
+        place = builder.add(builder.mul(cluster, _INDEX(size * self.lanes)), _INDEX(k * self.lanes))
+        pointer = builder.bitcast(builder.gep(array, [place]), self.emitter.vector.as_pointer())
+        return builder.load(pointer, align=self._alignment), pointer
+
+
+def _with_attribute(code: str, attribute: str) -> str:
+    """The module with an attribute on the function that it defines."""
+    lines = [
+        f"{line} {attribute}" if line.startswith("define ") else line for line in code.splitlines()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""mdgraft's side: the grafted potential and its derivatives."""
+
+from __future__ import annotations
+
+import mdgraft
+import numpy as np
+import torch
+from engine import Engine
+from systems import Case
+from timing import Settings
+
+
+class Graft:
+    """A potential with positions and box to differentiate by.
+
+    Parameters
+    ----------
+    engine
+        Its Context is grafted, so that both sides have the same PME mesh.
+    case
+        The system.
+    settings
+        Precision and device.
+    """
+
+    def __init__(self, engine: Engine, case: Case, settings: Settings) -> None:
+        self.dtype = getattr(torch, settings.dtype)
+        self.device = settings.device
+        self.potential = mdgraft.graft(engine.context, dtype=self.dtype, device=self.device)
+        self.case = case
+        self.place(case.positions)
+        self.direction = self._tensor(np.random.default_rng(2).normal(size=case.positions.shape))
+
+    def _tensor(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=self.dtype, device=self.device)
+
+    def place(self, positions: np.ndarray) -> None:
+        """Move the atoms and forget derivatives."""
+        self.positions = self._tensor(positions).requires_grad_()
+        box = self.case.box
+        self.box = None if box is None else self._tensor(box).requires_grad_()
+        self.potential.zero_grad()
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def everything(self) -> float:
+        """Energy, forces, gradients of all parameters, and of the box."""
+        energy = self.potential(self.positions, self.box)
+        energy.backward()
+        self._wait()
+        return energy.item()
+
+    def energy_forces(self) -> None:
+        """Energy and forces alone."""
+        box = None if self.box is None else self.box.detach()
+        torch.autograd.grad(self.potential(self.positions, box), self.positions)
+        self._wait()
+
+    def hessian_vector(self) -> None:
+        """The Hessian times a direction."""
+        box = None if self.box is None else self.box.detach()
+        slope = (self.potential.forces(self.positions, box) * self.direction).sum()
+        torch.autograd.grad(slope, self.positions)
+        self._wait()
