@@ -13,8 +13,8 @@ from torch import Tensor
 from mdgraft._errors import InvalidInputError
 from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERGY, NANOMETER
 from mdgraft.kernels.ewald import ewald_reciprocal
+from mdgraft.kernels.mesh import mesh_coulomb, mesh_dispersion
 from mdgraft.kernels.periodic import volume
-from mdgraft.kernels.pme import pme_coulomb, pme_dispersion
 from mdgraft.kernels.special import erf_over_root
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.direct_space import DirectSpace
@@ -184,7 +184,9 @@ class Nonbonded(AbstractTerm):
         switched = switching_distance is not None
         self._direct_space = DirectSpace(settings, exceptions, charge.shape[0], switched=switched)
         # LJPME does not switch.
-        self._shared: tuple[str, ...] = ("switching_distance",) if self._direct_space.switched else ()
+        self._shared: tuple[str, ...] = ()
+        if self._direct_space.switched:
+            self._shared += ("switching_distance",)
         self._shared += ("reaction_field_dielectric",)
         self._add_offsets("particle_offset", particle_offsets)
         self._add_offsets("exception_offset", exception_offsets)
@@ -305,11 +307,11 @@ class Nonbonded(AbstractTerm):
             return energy + ewald_reciprocal(
                 positions, charge, box, alpha=alpha, kmax=settings.kmax
             )
-        energy = energy + pme_coulomb(positions, charge, box, alpha=alpha, grid=settings.grid)
+        energy = energy + mesh_coulomb(positions, charge, box, alpha=alpha, grid=settings.grid)
         if settings.method is Method.LJPME:
             c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
             beta = settings.dispersion_alpha
-            mesh = pme_dispersion(positions, c6, box, alpha=beta, grid=settings.dispersion_grid)
+            mesh = mesh_dispersion(positions, c6, box, alpha=beta, grid=settings.dispersion_grid)
             energy = energy + mesh + beta**6 / 12 * (c6 * c6).sum()
         return energy
 

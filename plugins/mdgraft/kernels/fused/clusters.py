@@ -8,20 +8,11 @@ shifted along x and y as the box is tilted; a tile names the image of its four p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
 
+from mdgraft.kernels.fused.spreading import compiled
 from mdgraft.kernels.fused.tiles import ROW_FIELDS, ROWS
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _jit(function: _F) -> _F:
-    """Compile for all arguments when first called; keep the code on disk."""
-    return cast(_F, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +141,7 @@ def _columns(size: np.ndarray, n: int, lanes: int) -> tuple[int, int]:
     )
 
 
-@_jit
+@compiled
 def _wrap(positions: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(positions)
     wrapped = np.empty_like(positions)
@@ -168,7 +159,7 @@ def _wrap(positions: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return wrapped, wraps
 
 
-@_jit
+@compiled
 def _sort(
     wrapped: np.ndarray,
     low: np.ndarray,
@@ -220,7 +211,7 @@ def _sort(
     return order, starts
 
 
-@_jit
+@compiled
 def _bounds(wrapped: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
     """Lowest and highest coordinates of each ``size`` particles in order, ``(n, 6)``."""
     n = len(order) // size
@@ -237,7 +228,7 @@ def _bounds(wrapped: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
     return bounds
 
 
-@_jit
+@compiled
 def _grown(array: np.ndarray, needed: int) -> np.ndarray:
     if needed <= len(array):
         return array
@@ -246,7 +237,7 @@ def _grown(array: np.ndarray, needed: int) -> np.ndarray:
     return larger
 
 
-@_jit
+@compiled
 def _close(
     place: np.ndarray,
     four: int,
@@ -269,7 +260,7 @@ def _close(
     return False
 
 
-@_jit
+@compiled
 def _search(
     wrapped: np.ndarray,
     cell: np.ndarray,
@@ -431,7 +422,7 @@ def _search(
     )
 
 
-@_jit
+@compiled
 def _column(place: float, n: int) -> int:
     """The column that a coordinate in units of columns lies in, within range."""
     return int(min(max(np.floor(place), 0.0), n - 1.0))

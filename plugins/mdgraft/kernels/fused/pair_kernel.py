@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mdgraft.kernels.derivatives import Inputs, PerFrame
-from mdgraft.kernels.fused.clusters import Exclusions, TileList, _jit, tile_list
+from mdgraft.kernels.fused.clusters import Exclusions, TileList, tile_list
 from mdgraft.kernels.fused.graph import Series
+from mdgraft.kernels.fused.spreading import compiled
 from mdgraft.kernels.fused.threads import run_chunks
 from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
 from mdgraft.kernels.pairs import require_room
@@ -288,7 +289,7 @@ def _even_rows(rows: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate([[0], cuts, [len(rows)]])
 
 
-@_jit
+@compiled
 def _largest_move(a: np.ndarray, b: np.ndarray) -> float:
     largest = 0.0
     for i in range(len(a)):
@@ -299,7 +300,7 @@ def _largest_move(a: np.ndarray, b: np.ndarray) -> float:
     return largest
 
 
-@_jit
+@compiled
 def _fill_positions(
     data: np.ndarray,
     row: int,
@@ -321,7 +322,7 @@ def _fill_positions(
             data[c, row + k, lane] = value
 
 
-@_jit
+@compiled
 def _fill(data: np.ndarray, row: int, order: np.ndarray, quantity: np.ndarray) -> None:
     lanes = data.shape[2]
     for j in range(len(order)):
@@ -329,7 +330,7 @@ def _fill(data: np.ndarray, row: int, order: np.ndarray, quantity: np.ndarray) -
         data[j // lanes, row, j % lanes] = quantity[i] if i >= 0 else 0
 
 
-@_jit
+@compiled
 def _collect(out: np.ndarray, order: np.ndarray, n: int) -> np.ndarray:
     """Sum over threads, in the order of particles, ``(n, n_outputs)`` float64."""
     n_outputs, lanes = out.shape[2], out.shape[3]
