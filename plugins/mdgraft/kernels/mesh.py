@@ -15,7 +15,8 @@ def mesh_coulomb(
     """Reciprocal-space Coulomb energy; see `mdgraft.kernels.pme.pme_coulomb`."""
     if not compiled_kernels(positions):
         return pme_coulomb(positions, charges, box, alpha=alpha, grid=grid)
-    from mdgraft.kernels.fused.mesh import Interaction, MeshKernel
+    from mdgraft.kernels.fused.influence import Interaction
+    from mdgraft.kernels.fused.mesh import MeshKernel
 
     kernel = MeshKernel(Interaction.COULOMB, alpha=alpha, grid=grid)
     return differentiable_energy(kernel, positions, box, [charges])
@@ -27,7 +28,8 @@ def mesh_dispersion(
     """Reciprocal-space dispersion energy; see `mdgraft.kernels.pme.pme_dispersion`."""
     if not compiled_kernels(positions):
         return pme_dispersion(positions, c6, box, alpha=alpha, grid=grid)
-    from mdgraft.kernels.fused.mesh import Interaction, MeshKernel
+    from mdgraft.kernels.fused.influence import Interaction
+    from mdgraft.kernels.fused.mesh import MeshKernel
 
     kernel = MeshKernel(Interaction.DISPERSION, alpha=alpha, grid=grid)
     return differentiable_energy(kernel, positions, box, [c6])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from mdgraft._units import (
     RADIAN,
 )
 from mdgraft.potentials import geometry
-from mdgraft.potentials.term import AbstractTerm
+from mdgraft.potentials.item_term import ItemTerm, cell_of
+
+if TYPE_CHECKING:
+    from mdgraft.kernels.fused.tuples import TupleFormula
 
 
-class HarmonicBond(AbstractTerm):
+class HarmonicBond(ItemTerm):
     """Harmonic bonds, ``E = k/2 (r - length)^2``.
 
     Parameters
@@ -33,27 +36,28 @@ class HarmonicBond(AbstractTerm):
         Whether distances are those of the nearest periodic images.
     """
 
-    particles: Tensor
+    quantities = ("length", "k")
 
     def __init__(self, particles: Tensor, length: Tensor, k: Tensor, *, periodic: bool) -> None:
-        super().__init__(periodic=periodic)
-        self.register_buffer("particles", particles)
+        super().__init__(particles, periodic=periodic)
         self.add_parameter("length", length, NANOMETER)
         self.add_parameter("k", k, BOND_FORCE_CONSTANT)
 
-    def forward(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        global_values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        r = geometry.distance(positions, box, *self.particles.unbind(-1))
-        return (0.5 * values["k"] * (r - values["length"]) ** 2).sum(dim=-1)
+    @staticmethod
+    def formula() -> TupleFormula:
+        """The energy of an item."""
+        from mdgraft.potentials.bonded_formulas import HARMONIC_BOND
+
+        return HARMONIC_BOND
+
+    def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol] by plain torch operations."""
+        length, k = quantities
+        r = geometry.distance(positions, cell_of(box), *self.particles.unbind(-1))
+        return (0.5 * k * (r - length) ** 2).sum(dim=-1)
 
 
-class HarmonicAngle(AbstractTerm):
+class HarmonicAngle(ItemTerm):
     """Harmonic angles, ``E = k/2 (theta - angle)^2``.
 
     Parameters
@@ -68,27 +72,28 @@ class HarmonicAngle(AbstractTerm):
         Whether bond vectors are those of the nearest periodic images.
     """
 
-    particles: Tensor
+    quantities = ("angle", "k")
 
     def __init__(self, particles: Tensor, angle: Tensor, k: Tensor, *, periodic: bool) -> None:
-        super().__init__(periodic=periodic)
-        self.register_buffer("particles", particles)
+        super().__init__(particles, periodic=periodic)
         self.add_parameter("angle", angle, RADIAN)
         self.add_parameter("k", k, ANGLE_FORCE_CONSTANT)
 
-    def forward(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        global_values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        squared = geometry.squared_angle_deviation(positions, box, self.particles, values["angle"])
-        return (0.5 * values["k"] * squared).sum(dim=-1)
+    @staticmethod
+    def formula() -> TupleFormula:
+        """The energy of an item."""
+        from mdgraft.potentials.bonded_formulas import HARMONIC_ANGLE
+
+        return HARMONIC_ANGLE
+
+    def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol] by plain torch operations."""
+        angle, k = quantities
+        squared = geometry.squared_angle_deviation(positions, cell_of(box), self.particles, angle)
+        return (0.5 * k * squared).sum(dim=-1)
 
 
-class PeriodicTorsion(AbstractTerm):
+class PeriodicTorsion(ItemTerm):
     """Periodic torsions, ``E = k (1 + cos(periodicity phi - phase))``, phi zero for cis.
 
     Parameters
@@ -105,7 +110,7 @@ class PeriodicTorsion(AbstractTerm):
         Whether bond vectors are those of the nearest periodic images.
     """
 
-    particles: Tensor
+    quantities = ("periodicity", "phase", "k")
     periodicity: Tensor
 
     def __init__(
@@ -117,26 +122,27 @@ class PeriodicTorsion(AbstractTerm):
         *,
         periodic: bool,
     ) -> None:
-        super().__init__(periodic=periodic)
-        self.register_buffer("particles", particles)
+        super().__init__(particles, periodic=periodic)
         self.register_buffer("periodicity", periodicity)
         self.add_parameter("phase", phase, RADIAN)
         self.add_parameter("k", k, ENERGY)
 
-    def forward(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        global_values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        phi = geometry.dihedral(positions, box, self.particles)
-        wave = torch.cos(self.periodicity * phi - values["phase"])
-        return (values["k"] * (1.0 + wave)).sum(dim=-1)
+    @staticmethod
+    def formula() -> TupleFormula:
+        """The energy of an item."""
+        from mdgraft.potentials.bonded_formulas import PERIODIC_TORSION
+
+        return PERIODIC_TORSION
+
+    def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol] by plain torch operations."""
+        periodicity, phase, k = quantities
+        phi = geometry.dihedral(positions, cell_of(box), self.particles)
+        wave = torch.cos(periodicity * phi - phase)
+        return (k * (1.0 + wave)).sum(dim=-1)
 
 
-class RBTorsion(AbstractTerm):
+class RBTorsion(ItemTerm):
     """Ryckaert-Bellemans torsions, ``E = sum_n c_n cos(psi)^n`` with ``psi = phi - pi``.
 
     The dihedral phi is zero for cis, so psi is zero for trans.
@@ -155,7 +161,7 @@ class RBTorsion(AbstractTerm):
     J. P. Ryckaert and A. Bellemans, Chem. Phys. Lett. 30, 123 (1975).
     """
 
-    particles: Tensor
+    quantities = ("c0", "c1", "c2", "c3", "c4", "c5")
 
     def __init__(
         self,
@@ -169,21 +175,22 @@ class RBTorsion(AbstractTerm):
         *,
         periodic: bool,
     ) -> None:
-        super().__init__(periodic=periodic)
-        self.register_buffer("particles", particles)
+        super().__init__(particles, periodic=periodic)
         for n, coefficient in enumerate((c0, c1, c2, c3, c4, c5)):
             self.add_parameter(f"c{n}", coefficient, ENERGY)
 
-    def forward(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        global_values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        cos_psi = -torch.cos(geometry.dihedral(positions, box, self.particles))
-        energy = values["c5"]
+    @staticmethod
+    def formula() -> TupleFormula:
+        """The energy of an item."""
+        from mdgraft.potentials.bonded_formulas import RB_TORSION
+
+        return RB_TORSION
+
+    def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol] by plain torch operations."""
+        coefficients = quantities
+        cos_psi = -torch.cos(geometry.dihedral(positions, cell_of(box), self.particles))
+        energy = coefficients[5]
         for n in (4, 3, 2, 1, 0):
-            energy = values[f"c{n}"] + cos_psi * energy
+            energy = coefficients[n] + cos_psi * energy
         return energy.sum(dim=-1)

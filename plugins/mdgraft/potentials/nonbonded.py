@@ -15,10 +15,9 @@ from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERG
 from mdgraft.kernels.ewald import ewald_reciprocal
 from mdgraft.kernels.mesh import mesh_coulomb, mesh_dispersion
 from mdgraft.kernels.periodic import volume
-from mdgraft.kernels.special import erf_over_root
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.direct_space import DirectSpace
-from mdgraft.potentials.geometry import displacement
+from mdgraft.potentials.nonbonded_exceptions import NonbondedExceptions
 from mdgraft.potentials.term import AbstractTerm
 
 
@@ -181,6 +180,7 @@ class Nonbonded(AbstractTerm):
             self.add_parameter(
                 "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
             )
+        self._exceptions = NonbondedExceptions(settings, exceptions)
         switched = switching_distance is not None
         self._direct_space = DirectSpace(settings, exceptions, charge.shape[0], switched=switched)
         # LJPME does not switch.
@@ -221,7 +221,10 @@ class Nonbonded(AbstractTerm):
             energy = energy + self._direct_space.energy(
                 positions, box, charge, sigma, epsilon, shared
             )
-            energy = energy + self._exceptions(positions, box, values, present)
+            own = [values[name] for name in _EXCEPTION]
+            energy = energy + self._exceptions.interactions(
+                positions, box, *self._offset("exception_offset", own, values, present)
+            )
             if settings.dispersion_correction and settings.method is not Method.LJPME:
                 assert box is not None
                 # Every offset counts here, at the declared defaults.
@@ -240,7 +243,10 @@ class Nonbonded(AbstractTerm):
             assert box is not None
             energy = energy + self._reciprocal(positions, box, charge, sigma, epsilon)
             if settings.include_direct:
-                energy = energy - self._excluded_reciprocal(positions, box, charge, sigma, epsilon)
+                c6 = None
+                if settings.method is Method.LJPME:
+                    c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
+                energy = energy - self._exceptions.excluded(positions, box, charge, c6)
         return energy
 
     def _offset(
@@ -267,33 +273,6 @@ class Nonbonded(AbstractTerm):
             for quantity, scale in zip(base, scales, strict=True)
         ]
 
-    def _exceptions(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        present: Tensor,
-    ) -> Tensor:
-        """Pairs with parameters of their own; plain Coulomb and Lennard-Jones in every method."""
-        qq, sigma, epsilon = self._offset(
-            "exception_offset", [values[name] for name in _EXCEPTION], values, present
-        )
-        r2 = self._exception_r2(positions, box)
-        # An excluded pair adds nothing, whatever its distance: keep 0 * infinity out of the graph.
-        excluded = (qq == 0) & (epsilon == 0)
-        coincident = excluded & (r2 == 0)
-        overflow = excluded & (r2 <= 1e-6 * sigma * sigma)
-        coulomb = pair_forms.coulomb(torch.where(coincident, 1.0, r2), qq)
-        lj = pair_forms.lennard_jones(torch.where(overflow | coincident, 1.0, r2), sigma, epsilon)
-        energy = torch.where(coincident, 0.0, coulomb) + torch.where(overflow | coincident, 0.0, lj)
-        return energy.sum(dim=-1)
-
-    def _exception_r2(self, positions: Tensor, box: Tensor | None) -> Tensor:
-        """Squared distances of the exceptions ``(frames, exceptions)``."""
-        cell = box if self.settings.exceptions_periodic else None
-        vectors = displacement(positions, cell, *self.exceptions.unbind(-1))
-        return (vectors * vectors).sum(dim=-1)
-
     def _reciprocal(
         self, positions: Tensor, box: Tensor, charge: Tensor, sigma: Tensor, epsilon: Tensor
     ) -> Tensor:
@@ -314,19 +293,3 @@ class Nonbonded(AbstractTerm):
             mesh = mesh_dispersion(positions, c6, box, alpha=beta, grid=settings.dispersion_grid)
             energy = energy + mesh + beta**6 / 12 * (c6 * c6).sum()
         return energy
-
-    def _excluded_reciprocal(
-        self, positions: Tensor, box: Tensor, charge: Tensor, sigma: Tensor, epsilon: Tensor
-    ) -> Tensor:
-        """What the reciprocal sums hold of the exceptions, which must not interact there."""
-        settings = self.settings
-        i, j = self.exceptions.unbind(-1)
-        r2 = self._exception_r2(positions, box)
-        screened = settings.alpha * erf_over_root(settings.alpha**2 * r2)
-        energy = COULOMB * charge[i] * charge[j] * screened
-        if settings.method is Method.LJPME:
-            c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
-            energy = energy - pair_forms.ljpme_mesh_share(
-                r2, c6[i] * c6[j], settings.dispersion_alpha
-            )
-        return energy.sum(dim=-1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from llvmlite import ir
 
+from mdgraft.kernels.fused.functions import emit_function
 from mdgraft.kernels.fused.graph import Node, Series, topological
 
 #: A value of the intermediate representation; llvmlite has no types of its own for them.
@@ -51,8 +53,11 @@ class Emitter:
         self.builder = builder
         self.scalar = scalar
         self.lanes = lanes
+        self.double = isinstance(scalar, ir.DoubleType)
         self.vector = ir.VectorType(scalar, lanes)
         self._coefficients = coefficients
+        #: What functions of the same argument have in common, while formulas are emitted.
+        self.shared: dict[Any, Any] = {}
 
     def constant(self, value: float) -> Value:
         """A number in all lanes."""
@@ -87,6 +92,8 @@ class Emitter:
     def formulas(self, roots: Sequence[Node], inputs: Mapping[str, Value]) -> list[Value]:
         """Emit formulas; ``inputs`` are vectors by name."""
         values: dict[int, Value] = {}
+        # What was emitted before may lie in a branch that does not lead here.
+        self.shared.clear()
         for node in topological(roots):
             values[node.index] = self._emit(node, [values[a.index] for a in node.arguments], inputs)
         return [values[root.index] for root in roots]
@@ -95,6 +102,11 @@ class Emitter:
         builder, operation = self.builder, node.operation
         if operation == "constant":
             return self.constant(float(node.payload))  # type: ignore[arg-type]
+        if operation == "limit":
+            kind = np.float64 if isinstance(self.scalar, ir.DoubleType) else np.float32
+            return self.constant(float(getattr(np.finfo(kind), str(node.payload))))
+        if operation == "still":
+            return arguments[0]
         if operation == "input":
             return inputs[str(node.payload)]
         if operation in _BINARY:
@@ -106,16 +118,18 @@ class Emitter:
         if operation == "select":
             return builder.select(*arguments)
         if operation == "rsqrt":
-            root = self._intrinsic("sqrt", arguments)
+            root = self.intrinsic("sqrt", arguments)
             return builder.fdiv(self.constant(1.0), root, flags=FLAGS)
         if operation in _INTRINSIC:
-            return self._intrinsic(_INTRINSIC[operation], arguments)
+            return self.intrinsic(_INTRINSIC[operation], arguments)
         if operation == "series":
             assert isinstance(node.payload, Series)
             return self._series(node.payload, arguments[0])
-        return self._lane_by_lane(_LIBRARY[operation], arguments)
+        value = emit_function(self, operation, arguments)
+        return self._lane_by_lane(_LIBRARY[operation], arguments) if value is None else value
 
-    def _intrinsic(self, name: str, arguments: list[Value]) -> Value:
+    def intrinsic(self, name: str, arguments: list[Value]) -> Value:
+        """One of the compiler's own functions."""
         bits = 64 if isinstance(self.scalar, ir.DoubleType) else 32
         name = f"llvm.{name}.v{self.lanes}f{bits}"
         function = self.builder.module.globals.get(name)
@@ -153,3 +167,19 @@ class Emitter:
             value = self.builder.call(function, numbers)
             result = self.builder.insert_element(result, value, place)
         return result
+
+    def out_of_line(self, name: str, arguments: Sequence[Value]) -> Value:
+        """A function of the C library in a function of its own, for branches that are rare."""
+        module = self.builder.module
+        label = f"{name}_of_{self.lanes}_{'doubles' if self.double else 'floats'}"
+        function = module.globals.get(label)
+        if function is None:
+            signature = ir.FunctionType(self.vector, [self.vector] * len(arguments))
+            function = ir.Function(module, signature, label)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            function.attributes.add("nounwind")
+            builder = ir.IRBuilder(function.append_basic_block("entry"))
+            inner = Emitter(builder, self.scalar, self.lanes, self._coefficients)
+            builder.ret(inner._lane_by_lane(_LIBRARY[name], list(function.args)))
+        return self.builder.call(function, arguments)

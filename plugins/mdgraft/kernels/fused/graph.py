@@ -196,6 +196,9 @@ class Graph:
             return self.multiply(a, self.constant(1 / b.value))
         if a.value == 0:
             return a
+        if b.operation == "sqrt":
+            # The root itself and all quotients then share one division.
+            return self.multiply(a, self._make("rsqrt", b.arguments, None))
         return self._make("divide", (a, b), None)
 
     def negative(self, a: Node) -> Node:
@@ -233,11 +236,31 @@ class Graph:
     def select(self, condition: Node, first: Operand, second: Operand) -> Node:
         """The first where the condition holds, otherwise the second."""
         a, b = self.node(first), self.node(second)
+        if a.operation == "select" and a.arguments[0] is condition:
+            a = a.arguments[1]
+        if b.operation == "select" and b.arguments[0] is condition:
+            b = b.arguments[2]
         return a if a is b else self._make("select", (condition, a, b), None)
 
     def series(self, series: Series, argument: Node) -> Node:
         """A function given by a polynomial."""
         return self._make("series", (argument,), series)
+
+    def limit(self, name: str) -> Node:
+        """``"tiny"`` or ``"eps"`` of the precision that is compiled for; see `numpy.finfo`."""
+        return self._make("limit", (), name)
+
+    def still(self, a: Node) -> Node:
+        """The same number, taken as a constant of differentiation."""
+        return self._make("still", (a,), None)
+
+    def larger(self, a: Node, b: Node) -> Node:
+        """The larger of two."""
+        return self.select(a < b, b, a)
+
+    def smaller(self, a: Node, b: Node) -> Node:
+        """The smaller of two."""
+        return self.select(a < b, a, b)
 
     def sqrt(self, a: Operand) -> Node:
         """The square root."""
@@ -272,20 +295,26 @@ Rule: TypeAlias = "Callable[[Graph, Node, tuple[Node, ...]], Sequence[Operand]]"
 
 
 def _pow(g: Graph, n: Node, a: tuple[Node, ...]) -> Sequence[Operand]:
+    # Zero where the limit is, as torch has it: x^0 is constant, and 0^y is for y >= 0.
     x, y = a
     in_x = y * g.apply("pow", x, y - 1)
     if y.value is not None:
         return in_x, 0.0
-    positive = x > 0
-    log = g.apply("log", g.select(positive, x, 1.0))
-    return in_x, g.select(positive, n * log, 0.0)
+    in_x = g.select(g.apply("equal", y, 0.0), 0.0, in_x)
+    in_y = n * g.apply("log", x)
+    return in_x, g.select(g.apply("equal", x, 0.0), g.select(y >= 0, 0.0, in_y), in_y)
+
+
+def _divide(g: Graph, n: Node, a: tuple[Node, ...]) -> Sequence[Operand]:
+    inverse = 1 / a[1]
+    return inverse, -n * inverse
 
 
 DERIVATIVES: Mapping[str, Rule] = {
     "add": lambda g, n, a: (1.0, 1.0),
     "subtract": lambda g, n, a: (1.0, -1.0),
     "multiply": lambda g, n, a: (a[1], a[0]),
-    "divide": lambda g, n, a: (1 / a[1], -n / a[1]),
+    "divide": _divide,
     "negative": lambda g, n, a: (-1.0,),
     "sqrt": lambda g, n, a: (0.5 / n,),
     "rsqrt": lambda g, n, a: (-0.5 * (n * (n * n)),),
@@ -310,9 +339,10 @@ DERIVATIVES: Mapping[str, Rule] = {
     "floor": lambda g, n, a: (0.0,),
     "ceil": lambda g, n, a: (0.0,),
     "abs": lambda g, n, a: (g.select(a[0] < 0, -1.0, g.select(a[0] > 0, 1.0, 0.0)),),
+    "still": lambda g, n, a: (0.0,),
     "series": lambda g, n, a: (g.series(_next(n.payload), a[0]),),
 }
-_CONSTANT = {"less", "less_equal", "equal", "not_equal", "constant", "input"}
+_CONSTANT = {"limit", "less", "less_equal", "equal", "not_equal", "constant", "input"}
 
 
 def _next(series: object) -> Series:
@@ -344,9 +374,29 @@ def tangents(roots: Sequence[Node], seeds: Mapping[Node, Node]) -> list[Node]:
                 partials = DERIVATIVES[node.operation](graph, node, node.arguments)
                 for partial, c in zip(partials, changes, strict=True):
                     if c is not zero:
-                        total = total + c * graph.node(partial)
+                        total = _sum(graph, total, _product(graph, c, graph.node(partial)))
             change[node.index] = total
     return [change[root.index] for root in roots]
+
+
+def _product(graph: Graph, change: Node, partial: Node) -> Node:
+    """Change times partial derivative; a branch without a change has none, come what may."""
+    if change.operation == "select":
+        condition, first, second = change.arguments
+        if first.value == 0 or second.value == 0:
+            return graph.select(
+                condition, _product(graph, first, partial), _product(graph, second, partial)
+            )
+    return change * partial
+
+
+def _sum(graph: Graph, a: Node, b: Node) -> Node:
+    """Sum of changes; two that one condition makes zero somewhere are one selection."""
+    if a.operation == b.operation == "select" and a.arguments[0] is b.arguments[0]:
+        firsts, seconds = zip(a.arguments[1:], b.arguments[1:], strict=True)
+        if any(x.value == 0 for x in (*firsts, *seconds)):
+            return graph.select(a.arguments[0], _sum(graph, *firsts), _sum(graph, *seconds))
+    return a + b
 
 
 def gradient(root: Node, inputs: Sequence[Node]) -> list[Node]:

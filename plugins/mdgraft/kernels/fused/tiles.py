@@ -18,13 +18,12 @@ from llvmlite import ir
 from mdgraft.kernels.fused import jit
 from mdgraft.kernels.fused.emit import FLAGS, Emitter, Value
 from mdgraft.kernels.fused.graph import Graph, Node, Series, gradient, tangents, topological
+from mdgraft.kernels.fused.loops import DOUBLE, INDEX, INT32, LoopBuilder
 
 #: Particles that a tile takes one after the other.
 ROWS = 4
 #: Numbers that describe a row of tiles, see `emit_loop`.
 ROW_FIELDS = 6
-
-_INDEX = ir.IntType(64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,56 +196,18 @@ class _LoopEmitter:
     # The function -----------------------------------------------------------------------------
 
     def emit(self) -> str:
-        module = ir.Module("mdgraft")
-        number = self.scalar.as_pointer()
-        integers = _INDEX.as_pointer()
-        signature = ir.FunctionType(
-            ir.VoidType(),
-            [
-                _INDEX,
-                _INDEX,
-                integers,
-                ir.IntType(32).as_pointer(),
-                integers,
-                number,
-                number,
-                number,
-                number,
-                ir.DoubleType().as_pointer(),
-            ],
-        )
-        function = ir.Function(module, signature, "pairs")
-        for argument in function.args[2:]:
-            argument.add_attribute("noalias")
-        self.begin, self.end, self.rows, self.tiles, self.masks = function.args[:5]
-        self.numbers, self.shifts, self.data, self.out, self.sums = function.args[5:]
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        self.builder = builder
-        self.emitter = Emitter(builder, self.scalar, self.lanes, self._coefficients)
+        number, integers = self.scalar.as_pointer(), INDEX.as_pointer()
+        types = [INDEX, INDEX, integers, INT32.as_pointer(), integers]
+        types += [number] * 4 + [DOUBLE.as_pointer()]
+        self.code = LoopBuilder("pairs", types, self.scalar, self.lanes)
+        self.begin, self.end, self.rows, self.tiles, self.masks = self.code.arguments[:5]
+        self.numbers, self.shifts, self.data, self.out, self.sums = self.code.arguments[5:]
+        self.builder = self.code.builder
+        self.emitter = Emitter(self.builder, self.scalar, self.lanes, self._coefficients)
         self._allocate()
         self._load_numbers()
-        self._loop(self.begin, self.end, self._row)
-        builder.ret_void()
-        # Long vectors are the point of all this.
-        return _with_attribute(str(module), f'"prefer-vector-width"="{8 * self._alignment}"')
-
-    def _loop(self, begin: Value, end: Value, body: Callable[[Value], None]) -> None:
-        """``for (k = begin; k < end; ++k) body(k)``."""
-        builder = self.builder
-        start = builder.block
-        head = builder.append_basic_block("head")
-        inside = builder.append_basic_block("body")
-        after = builder.append_basic_block("after")
-        builder.branch(head)
-        builder.position_at_end(head)
-        k = builder.phi(_INDEX)
-        k.add_incoming(begin, start)
-        builder.cbranch(builder.icmp_signed("<", k, end), inside, after)
-        builder.position_at_end(inside)
-        body(k)
-        k.add_incoming(builder.add(k, _INDEX(1)), builder.block)
-        builder.branch(head)
-        builder.position_at_end(after)
+        self.code.loop(self.begin, self.end, self._row)
+        return self.code.text()
 
     def _allocate(self) -> None:
         """Sums of the row that is being worked on; the compiler keeps them in registers."""
@@ -265,7 +226,7 @@ class _LoopEmitter:
             names += [f"d{name}" for name in formula.shared]
         names += formula.constants
         self.common = {
-            name: self.emitter.broadcast(self._at(self.numbers, _INDEX(k)))
+            name: self.emitter.broadcast(self.code.at(self.numbers, INDEX(k)))
             for k, name in enumerate(names)
         }
         self.tables: dict[Series, int] = {}
@@ -277,7 +238,7 @@ class _LoopEmitter:
     def _coefficients(self, series: Series) -> tuple[list[Value], Value, Value]:
         place = self.tables[series]
         values = [
-            self.emitter.broadcast(self._at(self.numbers, _INDEX(place + k)))
+            self.emitter.broadcast(self.code.at(self.numbers, INDEX(place + k)))
             for k in range(series.degree + 3)
         ]
         return values[2:], values[0], values[1]
@@ -286,27 +247,27 @@ class _LoopEmitter:
 
     def _row(self, row: Value) -> None:
         builder, emitter = self.builder, self.emitter
-        base = builder.mul(row, _INDEX(ROW_FIELDS))
+        base = builder.mul(row, INDEX(ROW_FIELDS))
         four, shift, begin, middle, end, first_mask = (
-            self._at(self.rows, builder.add(base, _INDEX(k))) for k in range(ROW_FIELDS)
+            self.code.at(self.rows, builder.add(base, INDEX(k))) for k in range(ROW_FIELDS)
         )
         zero = emitter.constant(0.0)
         for place in (*(p for own in self.of_rows for p in own), *self.of_all):
             builder.store(zero, place)
-        particle = builder.mul(four, _INDEX(ROWS))
-        cluster = builder.sdiv(particle, _INDEX(self.lanes))
-        lane = builder.srem(particle, _INDEX(self.lanes))
-        source = builder.add(builder.mul(cluster, _INDEX(self.n_inputs * self.lanes)), lane)
+        particle = builder.mul(four, INDEX(ROWS))
+        cluster = builder.sdiv(particle, INDEX(self.lanes))
+        lane = builder.srem(particle, INDEX(self.lanes))
+        source = builder.add(builder.mul(cluster, INDEX(self.n_inputs * self.lanes)), lane)
         n_shifts = 6 if self.task.second else 3
         shifted = {}
         for k, name in enumerate(("x", "y", "z", "dx", "dy", "dz")[:n_shifts]):
-            place = builder.add(builder.mul(shift, _INDEX(n_shifts)), _INDEX(k))
-            shifted[name] = self._at(self.shifts, place)
+            place = builder.add(builder.mul(shift, INDEX(n_shifts)), INDEX(k))
+            shifted[name] = self.code.at(self.shifts, place)
         rows = []
         for i in range(ROWS):
             values = {}
             for k, name in enumerate(self.inputs):
-                value = self._at(self.data, builder.add(source, _INDEX(k * self.lanes + i)))
+                value = self.code.at(self.data, builder.add(source, INDEX(k * self.lanes + i)))
                 if name in shifted:
                     value = builder.fadd(value, shifted[name])
                 values[name] = emitter.broadcast(value)
@@ -314,47 +275,44 @@ class _LoopEmitter:
 
         def masked(tile: Value) -> None:
             place = builder.add(first_mask, builder.sub(tile, begin))
-            self._tile(tile, rows, self._at(self.masks, place))
+            self._tile(tile, rows, self.code.at(self.masks, place))
 
-        self._loop(begin, middle, masked)
-        self._loop(middle, end, lambda tile: self._tile(tile, rows, None))
-        target = builder.add(builder.mul(cluster, _INDEX(self.n_outputs * self.lanes)), lane)
+        self.code.loop(begin, middle, masked)
+        self.code.loop(middle, end, lambda tile: self._tile(tile, rows, None))
+        target = builder.add(builder.mul(cluster, INDEX(self.n_outputs * self.lanes)), lane)
         of_shift = [self.scalar(0.0)] * len(self.formulas.slopes)
         for i in range(ROWS):
             for k, accumulator in enumerate(self.of_rows[i]):
                 total = emitter.total(builder.load(accumulator))
-                place = builder.add(target, _INDEX(k * self.lanes + i))
-                self._add(self.out, place, total)
+                place = builder.add(target, INDEX(k * self.lanes + i))
+                self.code.add_at(self.out, place, total)
                 if k < len(of_shift):
                     of_shift[k] = builder.fadd(of_shift[k], total)
-        double = ir.DoubleType()
-
-        def precise(value: Value) -> Value:
-            return value if value.type == double else builder.fpext(value, double)
-
+        precise = self.code.precise
         for k, accumulator in enumerate(self.of_all):
-            self._add(self.sums, _INDEX(k), precise(emitter.total(builder.load(accumulator))))
+            self.code.add_at(self.sums, INDEX(k), precise(emitter.total(builder.load(accumulator))))
         for k, value in enumerate(of_shift):
-            place = builder.add(builder.mul(shift, _INDEX(3)), _INDEX(self.n_sums + k))
-            self._add(self.sums, place, precise(value))
+            place = builder.add(builder.mul(shift, INDEX(3)), INDEX(self.n_sums + k))
+            self.code.add_at(self.sums, place, precise(value))
 
     # A tile -----------------------------------------------------------------------------------
 
     def _tile(self, tile: Value, rows: list[dict[str, Value]], mask: Value | None) -> None:
         builder = self.builder
-        cluster = builder.sext(self._at(self.tiles, tile), _INDEX)
+        cluster = builder.sext(self.code.at(self.tiles, tile), INDEX)
+        code, lanes = self.code, self.lanes
+        source = code.place(cluster, self.n_inputs * lanes)
         columns = {
-            name: self._vector(self.data, cluster, self.n_inputs, k)[0]
+            name: code.load(self.data, builder.add(source, INDEX(k * lanes)))
             for k, name in enumerate(self.inputs)
         }
-        targets = [
-            self._vector(self.out, cluster, self.n_outputs, k) for k in range(self.n_outputs)
-        ]
-        sums = [value for value, _ in targets]
+        target = code.place(cluster, self.n_outputs * lanes)
+        places = [builder.add(target, INDEX(k * lanes)) for k in range(self.n_outputs)]
+        sums = [code.load(self.out, place) for place in places]
         for i, row in enumerate(rows):
             sums = self._pairs(i, row, columns, mask, sums)
-        for value, (_, pointer) in zip(sums, targets, strict=True):
-            builder.store(value, pointer, align=self._alignment)
+        for value, place in zip(sums, places, strict=True):
+            code.store(value, self.out, place)
 
     def _pairs(
         self,
@@ -405,31 +363,3 @@ class _LoopEmitter:
             counted(total, change, builder.fadd)
             for total, change in zip(sums, [*slopes, *second], strict=True)
         ]
-
-    # Memory -----------------------------------------------------------------------------------
-
-    @property
-    def _alignment(self) -> int:
-        return self.lanes * (8 if isinstance(self.scalar, ir.DoubleType) else 4)
-
-    def _at(self, array: Value, place: Value) -> Value:
-        return self.builder.load(self.builder.gep(array, [place]))
-
-    def _add(self, array: Value, place: Value, value: Value) -> None:
-        pointer = self.builder.gep(array, [place])
-        self.builder.store(self.builder.fadd(self.builder.load(pointer), value), pointer)
-
-    def _vector(self, array: Value, cluster: Value, size: int, k: int) -> tuple[Value, Value]:
-        """Quantity ``k`` of a cluster, and where it lies."""
-        builder = self.builder
-        place = builder.add(builder.mul(cluster, _INDEX(size * self.lanes)), _INDEX(k * self.lanes))
-        pointer = builder.bitcast(builder.gep(array, [place]), self.emitter.vector.as_pointer())
-        return builder.load(pointer, align=self._alignment), pointer
-
-
-def _with_attribute(code: str, attribute: str) -> str:
-    """The module with an attribute on the function that it defines."""
-    lines = [
-        f"{line} {attribute}" if line.startswith("define ") else line for line in code.splitlines()
-    ]
-    return "\n".join(lines)

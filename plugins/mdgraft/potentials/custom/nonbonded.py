@@ -16,6 +16,7 @@ from mdgraft.kernels.periodic import volume
 from mdgraft.lepton import Expression
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables, parameter_keys
+from mdgraft.potentials.custom.compiled_pairs import CompiledPairs
 from mdgraft.potentials.custom.long_range import PairCounts, correction
 from mdgraft.potentials.custom.pairwise import list_pairs, measure, particle_and_pair_names
 from mdgraft.potentials.nonbonded import Method
@@ -116,6 +117,19 @@ class CustomNonbonded(AbstractCustomTerm):
         self.register_buffer("excluded", keys, persistent=False)
         self.grouped = bool(groups)
         self._add_groups(groups)
+        #: Groups tend to be small, and compiled loops go over all pairs.
+        self._compiled: CompiledPairs | None = None
+        if not groups:
+            self._compiled = CompiledPairs(
+                self._energy,
+                particle=[*self.item_keys, *self._computed],
+                shared=self.global_names,
+                method=method,
+                cutoff=cutoff,
+                switched=self.switched,
+                exclusions=exclusions,
+                n_particles=n_particles,
+            )
 
     def _add_groups(self, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Kinds of particles by their membership, and how often their pairs interact."""
@@ -171,22 +185,39 @@ class CustomNonbonded(AbstractCustomTerm):
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
         shared, functions = self.shared_values(global_values), self.functions(values)
         switching = values[self.switching_key] if self.switched else None
-        listed, weight = self._pairs(positions, box)
-        pairs = measure(listed, positions, box, method=self.method, cutoff=self.cutoff)
         particle = self._particle(self.item_values(values), shared, functions, self.kind, positions)
-        variables = pairs.variables(particle, self._energy.variables)
-        energies = self._energy(shared | variables, functions, like=positions)
-        if switching is not None:
-            energies = energies * pair_forms.switch(pairs.r, switching, self.cutoff)
-        if weight is not None:
-            energies = energies * weight
-        energy = pairs.sum(energies)
+        if self._compiled is not None and self._compiled.serve(positions):
+            energy = self._compiled.energy(
+                positions, box, particle, shared, switching, self._plain_sum
+            )
+        else:
+            energy = self._plain_sum(positions, box, particle, shared, switching, functions)
         if self.long_range_correction:
             assert box is not None
             coefficient = self._long_range(values, global_values, self.points, bent=self._used)
             energy = energy + coefficient.to(energy.dtype) / volume(box)
         # What no pair depends on has zero derivatives, not missing ones.
         return energy + 0.0 * positions.sum(dim=(-2, -1))
+
+    def _plain_sum(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        particle: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        switching: Tensor | None,
+        functions: Mapping[str, Callable[..., Tensor]] | None = None,
+    ) -> Tensor:
+        """The sum over pairs, by plain torch operations."""
+        listed, weight = self._pairs(positions, box)
+        pairs = measure(listed, positions, box, method=self.method, cutoff=self.cutoff)
+        variables = pairs.variables(particle, self._energy.variables)
+        energies = self._energy({**shared, **variables}, functions, like=positions)
+        if switching is not None:
+            energies = energies * pair_forms.switch(pairs.r, switching, self.cutoff)
+        if weight is not None:
+            energies = energies * weight
+        return pairs.sum(energies)
 
     def _particle(
         self,

@@ -1,0 +1,150 @@
+"""The sum of an expression over all pairs, as a compiled loop."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.fused.lepton import describe, symmetric
+from mdgraft.kernels.switch import compiled_kernels
+from mdgraft.lepton import Expression
+from mdgraft.potentials.nonbonded import Method
+
+if TYPE_CHECKING:
+    from mdgraft.kernels.fused.pair_kernel import PairKernel
+
+#: ``(positions, box, particle quantities, shared ones, switching distance) -> energies``.
+PlainSum = Callable[
+    [Tensor, "Tensor | None", Mapping[str, Tensor], Mapping[str, Tensor], "Tensor | None"], Tensor
+]
+
+
+class CompiledPairs:
+    """An expression of pairs that is compiled when it is first evaluated.
+
+    Parameters
+    ----------
+    expression
+        Of ``r``, ``<name>1`` and ``<name>2`` of each particle quantity, and shared quantities.
+    particle, shared
+        Names of these quantities.
+    method, cutoff
+        See `CustomNonbonded`.
+    switched
+        Whether there is a switching distance.
+    exclusions
+        ``(exclusions, 2)`` particle indices.
+    n_particles
+        Number of particles.
+    """
+
+    def __init__(
+        self,
+        expression: Expression,
+        *,
+        particle: Sequence[str],
+        shared: Sequence[str],
+        method: Method,
+        cutoff: float,
+        switched: bool,
+        exclusions: Tensor,
+        n_particles: int,
+    ) -> None:
+        used = expression.variables
+        self._particle = [name for name in particle if {f"{name}1", f"{name}2"} & used]
+        names = {
+            f"{name}{label}": f"{k}_{label}"
+            for k, name in enumerate(self._particle)
+            for label in "12"
+        } | {"r": "r"}
+        # Quantities of particles hide shared ones.
+        self._shared = [name for name in shared if name in used and name not in names]
+        names |= {name: f"shared{k}" for k, name in enumerate(self._shared)}
+        self._method, self._switched = method, switched
+        self._cutoff = math.inf if method is Method.NO_CUTOFF else cutoff
+        self._n_particles = n_particles
+        # An array: inside a torch.func transform tensors do not show theirs.
+        self._exclusions = exclusions.cpu().numpy()
+        self._description = describe(expression.program, names)
+        self._ordered = ""
+        if self._description is not None:
+            exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
+            if not symmetric(self._description, exchanged):
+                self._ordered = "lower" if method is Method.NO_CUTOFF else "higher"
+        self._kernels: dict[torch.dtype, PairKernel] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code belongs to this process.
+        return self.__dict__ | {"_kernels": {}}
+
+    def serve(self, positions: Tensor) -> bool:
+        """Whether the expression can be compiled, and these positions make it worth while."""
+        return self._description is not None and compiled_kernels(
+            positions, n_particles=self._n_particles
+        )
+
+    def energy(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        particle: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        switching: Tensor | None,
+        plain: PlainSum,
+    ) -> Tensor:
+        """Energies ``(frames,)`` [kJ/mol].
+
+        Parameters
+        ----------
+        positions, box
+            ``(frames, N, 3)``, ``(frames, 3, 3)`` [nm].
+        particle, shared
+            Quantities ``(N,)`` and ``()`` by name.
+        switching
+            ``()`` [nm], or None.
+        plain
+            The same sum by torch operations.
+        """
+        inputs = [particle[name] for name in self._particle]
+        if self._ordered:
+            inputs.append(torch.arange(self._n_particles, dtype=positions.dtype))
+        inputs += [shared[name] for name in self._shared]
+        inputs += [switching] if switching is not None else []
+        cell = box if self._method.periodic else None
+        kernel = self._kernel(positions.dtype, plain)
+        return differentiable_energy(kernel, positions, cell, inputs)
+
+    def _kernel(self, dtype: torch.dtype, plain: PlainSum) -> PairKernel:
+        kernel = self._kernels.get(dtype)
+        if kernel is None:
+            from mdgraft.potentials.custom.pair_formula import expression_kernel
+
+            assert self._description is not None
+            kernel = expression_kernel(
+                self._description,
+                n_particle=len(self._particle),
+                n_shared=len(self._shared),
+                ordered=self._ordered,
+                switched=self._switched,
+                cutoff=self._cutoff,
+                exclusions=self._exclusions,
+                n_particles=self._n_particles,
+                dtype=dtype,
+                reference=functools.partial(self._reference, plain),
+            )
+            self._kernels[dtype] = kernel
+        return kernel
+
+    def _reference(self, plain: PlainSum, positions: Tensor, box: Tensor, *inputs: Tensor) -> Tensor:
+        """The plain sum of the kernel's inputs."""
+        particle = dict(zip(self._particle, inputs, strict=False))
+        rest = inputs[len(self._particle) + bool(self._ordered) :]
+        shared = dict(zip(self._shared, rest, strict=False))
+        switching = rest[-1] if self._switched else None
+        return plain(positions, box if box.shape[1] else None, particle, shared, switching)

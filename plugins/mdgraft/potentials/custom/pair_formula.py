@@ -1,0 +1,117 @@
+"""Expressions of pairs as formulas for the compiled loop over pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdgraft.kernels.fused.clusters import Exclusions
+from mdgraft.kernels.fused.graph import Graph, Node
+from mdgraft.kernels.fused.lepton import Description, Distance, translate
+from mdgraft.kernels.fused.pair_kernel import PairKernel
+from mdgraft.kernels.fused.tiles import PairFormula
+
+#: Numbers that formulas need: the cutoff, and up to which square a distance is zero.
+CONSTANTS = ("cutoff", "tiny")
+
+
+@functools.lru_cache(maxsize=256)
+def expression_formula(
+    description: Description, *, n_particle: int, n_shared: int, ordered: str, switched: bool
+) -> PairFormula:
+    """The energy of a pair; equal expressions share one formula, and so compiled code.
+
+    Parameters
+    ----------
+    description
+        Its variables are ``r``, ``<k>_1`` and ``<k>_2`` for particle quantity k, and ``shared<k>``.
+    n_particle, n_shared
+        How many quantities the expression has.
+    ordered
+        Which particle is called 1: that of ``"lower"`` or of ``"higher"`` rank, another particle
+        quantity; or ``""`` if it does not matter.
+    switched
+        Whether there is a switching distance, another shared quantity.
+    """
+    particle = tuple(f"quantity{k}" for k in range(n_particle + bool(ordered)))
+    shared = tuple(f"shared{k}" for k in range(n_shared + switched))
+
+    def energy(
+        graph: Graph,
+        u: Node,
+        first: Mapping[str, Node],
+        second: Mapping[str, Node],
+        common: Mapping[str, Node],
+    ) -> Node:
+        values = {name: common[name] for name in shared}
+        for k, name in enumerate(particle):
+            one, two = first[name], second[name]
+            if ordered:
+                lower = first[particle[-1]] < second[particle[-1]]
+                if ordered == "higher":
+                    one, two = two, one
+                one, two = graph.select(lower, one, two), graph.select(lower, two, one)
+            values |= {f"{k}_1": one, f"{k}_2": two}
+        distance = Distance(u, common["tiny"], rooted=switched)
+        result = translate(description, graph, values, distance)
+        if distance.rooted:
+            # All powers come from one root.
+            distance = Distance(u, common["tiny"], rooted=True)
+            result = translate(description, graph, values, distance)
+        if switched:
+            cutoff, start = common["cutoff"], common[shared[-1]]
+            t = (distance.times(graph.constant(1.0), 1) - start) / (cutoff - start)
+            s = 1 - t**3 * (10 - t * (15 - 6 * t))
+            result = result * graph.select(t > 0, s, 1.0)
+        return result
+
+    return PairFormula(particle=particle, shared=shared, constants=CONSTANTS, energy=energy)
+
+
+def expression_kernel(
+    description: Description,
+    *,
+    n_particle: int,
+    n_shared: int,
+    ordered: str,
+    switched: bool,
+    cutoff: float,
+    exclusions: np.ndarray,
+    n_particles: int,
+    dtype: torch.dtype,
+    reference: Callable[..., Tensor],
+) -> PairKernel:
+    """The compiled loop over pairs of an expression.
+
+    Parameters
+    ----------
+    description, n_particle, n_shared, ordered, switched
+        See `expression_formula`.
+    cutoff
+        [nm]; infinite in an open system without one.
+    exclusions
+        ``(exclusions, 2)`` particle indices.
+    n_particles
+        Number of particles.
+    dtype
+        Precision.
+    reference
+        A plain torch form of the same energy.
+    """
+    formula = expression_formula(
+        description, n_particle=n_particle, n_shared=n_shared, ordered=ordered, switched=switched
+    )
+    # As `geometry.safe_norm` has it.
+    tiny = torch.finfo(dtype).tiny ** (2 / 3)
+    return PairKernel(
+        formula,
+        cutoff=cutoff,
+        exclusions=Exclusions.of_pairs(exclusions, n_particles),
+        constants=dict(zip(CONSTANTS, (cutoff, tiny), strict=True)),
+        table=lambda series: np.empty(0),
+        reference=reference,
+    )
