@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from mdgraft.kernels.fused import mesh, threads
+from mdgraft.kernels.fused import influence, mesh, threads
 from mdgraft.kernels.fused.mesh import Interaction, MeshKernel
 
 CUBIC = [[2.1, 0, 0], [0, 2.1, 0], [0, 0, 2.1]]
@@ -178,7 +178,7 @@ def test_a_closed_form():
     charges = 1 - 2 * (points.sum(dim=-1) % 2)
     alpha, box = 1.2, 4 * torch.eye(3, dtype=torch.float64)[None]
     kernel = MeshKernel(Interaction.COULOMB, alpha=alpha, grid=(48, 48, 48))
-    energy = kernel.energies([points[None], box, charges]).item() / mesh.COULOMB
+    energy = kernel.energies([points[None], box, charges]).item() / influence.COULOMB
     energy -= alpha / math.sqrt(math.pi) * len(points)
     cell = np.arange(-4, 8)
     others = np.stack(np.meshgrid(cell, cell, cell, indexing="ij"), axis=-1).reshape(-1, 3)

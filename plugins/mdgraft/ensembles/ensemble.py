@@ -17,7 +17,7 @@ from mdgraft._units import BAR_NM3, BOLTZMANN, plain
 from mdgraft.ensembles import _influence
 from mdgraft.ensembles.covariance import Covariance
 from mdgraft.ensembles.overlap import Overlap
-from mdgraft.ensembles.per_frame import per_frame_jacobian
+from mdgraft.ensembles.per_frame import per_frame_gradients, per_frame_jacobian
 from mdgraft.ensembles.recompute import leaves_of, recompute
 from mdgraft.ensembles.selection import select_parameters
 from mdgraft.estimate import Estimate
@@ -330,16 +330,19 @@ class Ensemble:
         explicit = self._is_explicit(observable, names)
 
         def function(batch: Frames) -> tuple[Tensor, ...]:
-            return self._evaluate(batch, observable) if explicit else (self._energy(batch),)
+            return self._evaluate(batch, observable)
 
-        energies, values, jacobians = [], [], []
+        energies, values = [], []
+        jacobians: list[tuple[Tensor, ...]] = []
         for batch in self.frames.batches(self.batch_size):
             with torch.no_grad():
                 energy, value = self._evaluate(batch, observable)
             energies.append(energy)
             values.append(value)
-            if names:
-                n_outputs = 1 + value[0].numel() * explicit
+            if names and not explicit:
+                jacobians.append((per_frame_gradients(self.potential, batch, names),))
+            elif names:
+                n_outputs = 1 + value[0].numel()
                 jacobians.append(
                     per_frame_jacobian(self.potential, function, batch, names, n_outputs=n_outputs)
                 )

@@ -1,7 +1,8 @@
 """Derivatives of per-frame quantities with respect to parameters, frame by frame.
 
 The covariance formula needs the derivative of every frame's energy separately, where one backward
-pass over a batch only gives their sum. Three exact ways:
+pass over a batch only gives their sum. Compiled terms give it at once (`frame_derivatives`). For
+others there are three exact ways:
 
 - a backward pass over each frame: the cost does not depend on the number of parameters;
 - a backward pass over the batch whose result, linear in its seed, is differentiated by that seed,
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, MDGraftError
+from mdgraft.ensembles.frame_derivatives import frame_derivatives
 from mdgraft.frames import Frames
 from mdgraft.potentials import Potential
 
 #: Starting the operations of one pass costs about as much as computing this many particles.
 _OVERHEAD_PARTICLES = 1000
+
+#: Frames that plain torch operations evaluate at a time.
+_BATCH = 64
 
 #: Maps F frames to tensors ``(F, ...)``.
 PerFrame = Callable[[Frames], tuple[Tensor, ...]]
@@ -33,7 +38,7 @@ def per_frame_gradients(
     frames: Frames,
     names: Sequence[str],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Derivative of each frame's energy with respect to each scalar parameter.
 
@@ -46,7 +51,7 @@ def per_frame_gradients(
     names
         Names of parameters; P counts their scalars, in this order, each flattened.
     batch_size
-        Frames that are evaluated at a time.
+        Frames that are evaluated at a time; by default what suits the potential.
 
     Returns
     -------
@@ -58,13 +63,16 @@ def per_frame_gradients(
     InvalidInputError
         For an unknown name.
     """
+    if potential.framewise:
+        found = frame_derivatives(potential, frames, names, forces=False, batch_size=batch_size)
+        return found.gradients
 
     def energy(batch: Frames) -> tuple[Tensor]:
         return (potential(batch.positions, batch.box),)
 
     parts = [
         per_frame_jacobian(potential, energy, batch, names)[0]
-        for batch in frames.batches(batch_size)
+        for batch in frames.batches(batch_size or _BATCH)
     ]
     n_scalars = sum(dict(potential.named_parameters())[name].numel() for name in names)
     return torch.cat(parts) if parts else torch.empty(0, n_scalars, dtype=torch.float64)

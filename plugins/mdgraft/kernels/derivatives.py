@@ -8,7 +8,10 @@ kernel names a plain torch form to differentiate, or the derivative raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +25,10 @@ from mdgraft.kernels.batching import one_by_one
 Inputs = Sequence[Tensor]
 #: For each input a derivative of every frame, ``(F, *shape)``; None where it is not wanted.
 PerFrame = list[Tensor | None]
+
+_COLLECTED: contextvars.ContextVar[_Pieces | None] = contextvars.ContextVar(
+    "_COLLECTED", default=None
+)
 
 
 class Kernel(Protocol):
@@ -71,10 +78,64 @@ def differentiable_energy(
     n_frames = positions.shape[0]
     cell = positions.new_zeros(n_frames, 0, 3) if box is None else box.expand(n_frames, 3, 3)
     inputs = (positions, cell, *parameters)
+    pieces = _COLLECTED.get()
+    if pieces is not None:
+        return pieces.add(kernel, inputs)
     apply: Any = _Energy.apply
     # Nodes between the leaves and the energy, see `_needed`.
     result: Tensor = apply(_Call(kernel, inputs), *(t.view_as(t) for t in inputs))
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a kernel contributed to an energy: a leaf of its graph, and where it came from.
+
+    Attributes
+    ----------
+    energies
+        ``(F,)``, a leaf.
+    inputs
+        The kernel's inputs, with their graphs.
+    gradients
+        Derivatives of each frame's energy in those inputs that have graphs.
+    """
+
+    energies: Tensor
+    inputs: tuple[Tensor, ...]
+    gradients: PerFrame
+
+
+class _Pieces(list[Piece]):
+    def add(self, kernel: Kernel, inputs: tuple[Tensor, ...]) -> Tensor:
+        wanted = [t.requires_grad and t.numel() > 0 for t in inputs]
+        plain = [t.detach() for t in inputs]
+        energies, gradients = kernel.gradients(plain, wanted)
+        if energies is None:
+            energies = kernel.energies(plain)
+        leaf = energies.requires_grad_(any(wanted))
+        self.append(Piece(leaf, inputs, gradients))
+        return leaf
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Piece]]:
+    """Keep the derivatives that kernels find inside this context, frame by frame.
+
+    Energies that are computed inside have graphs that end where kernels begin. Not for use with
+    transforms of ``torch.func``.
+    """
+    pieces = _Pieces()
+    token = _COLLECTED.set(pieces)
+    try:
+        yield pieces
+    finally:
+        _COLLECTED.reset(token)
+
+
+def collecting() -> bool:
+    """Whether derivatives are being kept by `collected`."""
+    return _COLLECTED.get() is not None
 
 
 class _Call:

@@ -104,6 +104,11 @@ class ItemTerm(AbstractTerm):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sum": None}
 
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return True
+
     @abc.abstractmethod
     def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:
         """Energies ``(frames,)`` by plain torch operations; ``box`` may be ``(frames, 0, 3)``."""

@@ -15,6 +15,7 @@ from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERG
 from mdgraft.kernels.ewald import ewald_reciprocal
 from mdgraft.kernels.mesh import mesh_coulomb, mesh_dispersion
 from mdgraft.kernels.periodic import volume
+from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.direct_space import DirectSpace
 from mdgraft.potentials.nonbonded_exceptions import NonbondedExceptions
@@ -200,6 +201,14 @@ class Nonbonded(AbstractTerm):
         units = (CHARGE if names[0] == "charge" else CHARGE_SQUARED, NANOMETER, ENERGY)
         for name, scale, unit in zip(names, offsets.scales.unbind(-1), units, strict=True):
             self.add_parameter(f"{kind}_{name}_scale", scale.clone(), unit)
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        # In plain torch one list of pairs would have to serve all frames.
+        return self.settings.method is not Method.EWALD and compiled_kernels(
+            self.get_parameter("charge")
+        )
 
     def forward(
         self,

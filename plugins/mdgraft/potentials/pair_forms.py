@@ -17,8 +17,9 @@ def root_epsilon(epsilon: Tensor) -> Tensor:
 
     The true derivative there is infinite: the Lorentz-Berthelot rule has a square root.
     """
-    zero = epsilon == 0
-    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, epsilon)))
+    # Products, since torch.vmap takes selections one by one.
+    zero = (epsilon == 0).to(epsilon.dtype)
+    return torch.sqrt(epsilon + zero) * (1 - zero)
 
 
 def lennard_jones(r_squared: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:

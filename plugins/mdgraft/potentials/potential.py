@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
+from mdgraft.kernels.derivatives import collecting
 from mdgraft.potentials._inputs import as_frames, check_frames
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties
@@ -136,7 +137,8 @@ class Potential(nn.Module):
                 own |= {key: values[key] for key in keys}
             energy = term(frames, cells if term.periodic else None, own, global_values)
             # What a term happens not to use has zero derivatives, not missing ones.
-            for value in (*own.values(), *global_values.values()):
+            unused = () if collecting() else (*own.values(), *global_values.values())
+            for value in unused:
                 energy = energy + value.reshape(-1)[:0].sum()
             energies[name] = energy.reshape(leading)
         return energies
@@ -164,6 +166,11 @@ class Potential(nn.Module):
         """Whether a box is needed."""
         needs_box = bool(getattr(self._modules["sites"], "periodic", False))
         return needs_box or any(self.term(name).periodic for name in self.term_names)
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return all(self.term(name).framewise for name in self.term_names)
 
     @property
     def dtype(self) -> torch.dtype:

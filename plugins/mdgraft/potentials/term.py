@@ -55,6 +55,11 @@ class AbstractTerm(nn.Module, abc.ABC):
             values |= {f"{name}.{key}": value for key, value in inner.items()}
         return values
 
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return False
+
     @abc.abstractmethod
     def forward(
         self,

@@ -12,9 +12,11 @@ from torch import Tensor
 from mdgraft.kernels.derivatives import Inputs, PerFrame
 from mdgraft.kernels.fused.clusters import Exclusions, TileList, tile_list
 from mdgraft.kernels.fused.graph import Series
+from mdgraft.kernels.fused.pairs_by_frame import FEWEST, LARGEST, pairs_by_frame
 from mdgraft.kernels.fused.spreading import compiled
 from mdgraft.kernels.fused.threads import run_chunks
 from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
+from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 from mdgraft.kernels.pairs import require_room
 
 #: Lists are made for a cutoff that is longer by this fraction.
@@ -77,22 +79,59 @@ class PairKernel:
         self.reference = reference
         self._table = table
         self._known: dict[int, _Known] = {}
+        self._few: dict[bool, TupleKernel] = {}
 
     # Kernel -----------------------------------------------------------------------------------
 
     def energies(self, inputs: Inputs) -> Tensor:
         """Energies ``(F,)``."""
+        few = self._by_frame(inputs)
+        if few is not None:
+            return few.energies(inputs)
         return self._run(inputs, Task(), None)[0]
 
     def gradients(self, inputs: Inputs, wanted: Sequence[bool]) -> tuple[Tensor, PerFrame]:
         """Energies, and derivatives of each frame's energy."""
+        few = self._by_frame(inputs)
+        if few is not None:
+            return few.gradients(inputs, wanted)
         return self._run(inputs, self._task(wanted, second=False), None, wanted)
 
     def products(
         self, inputs: Inputs, directions: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> PerFrame:
         """Second derivatives times directions."""
+        few = self._by_frame(inputs)
+        if few is not None:
+            return few.products(inputs, directions, wanted)
         return self._run(inputs, self._task(wanted, second=True), directions, wanted)[1]
+
+    def _by_frame(self, inputs: Inputs) -> TupleKernel | None:
+        """Another kernel, for many frames of few particles."""
+        n_frames, n_particles = inputs[0].shape[:2]
+        if n_frames < FEWEST or not 2 <= n_particles <= LARGEST:
+            return None
+        periodic = inputs[1].shape[1] == 3
+        if periodic:
+            for cell in inputs[1].double().numpy():
+                require_room(cell, self.cutoff)
+        if periodic not in self._few:
+            starts, partners = self.exclusions.starts, self.exclusions.partners
+            self._few[periodic] = pairs_by_frame(
+                self.formula,
+                n_particles=n_particles,
+                excluded={
+                    (i, int(j))
+                    for i in range(n_particles)
+                    for j in partners[starts[i] : starts[i + 1]]
+                },
+                cutoff=self.cutoff,
+                constants=self.constants,
+                table=self._table,
+                periodic=periodic,
+                reference=self.reference,
+            )
+        return self._few[periodic]
 
     def _task(self, wanted: Sequence[bool], *, second: bool) -> Task:
         n = len(self.formula.particle)

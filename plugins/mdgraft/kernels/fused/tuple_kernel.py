@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mdgraft.kernels.derivatives import Inputs, PerFrame
+from mdgraft.kernels.fused.graph import Series
 from mdgraft.kernels.fused.threads import run_chunks
 from mdgraft.kernels.fused.tiles import Task
-from mdgraft.kernels.fused.tuples import ARRAYS, TupleFormula, compiled_tuples
+from mdgraft.kernels.fused.tuples import ARRAYS, TupleFormula, TupleLoop, compiled_tuples
 
 #: Items, times frames, that are worth a thread of their own.
 _ITEMS_PER_THREAD = 20000
@@ -32,6 +33,8 @@ class TupleKernel:
         ``(items, formula.n_particles)`` indices.
     constants
         The formula's constants by name.
+    table
+        Coefficients of the series that the formula uses.
     periodic
         Whether vectors are those of nearest images.
     reference
@@ -46,6 +49,7 @@ class TupleKernel:
         particles: np.ndarray,
         *,
         constants: Mapping[str, float] | None = None,
+        table: Callable[[Series], np.ndarray] | None = None,
         periodic: bool,
         reference: Callable[..., Tensor] | None,
     ) -> None:
@@ -53,6 +57,7 @@ class TupleKernel:
         self.periodic = periodic
         self.reference = reference
         self._particles = np.ascontiguousarray(particles, dtype=np.int32)
+        self._table = table
         self._constants = [(constants or {})[name] for name in formula.constants]
         self._padded: dict[int, Tensor] = {}
 
@@ -109,12 +114,12 @@ class TupleKernel:
 
     def _by_frame(
         self,
-        loop: tuple[Any, int],
+        loop: TupleLoop,
         task: Task,
         inputs: Inputs,
         directions: Sequence[Tensor | None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        function, lanes = loop
+        function, lanes = loop.function, loop.lanes
         positions, box = inputs[0], inputs[1]
         n_frames, n_particles = positions.shape[:2]
         n_blocks = -(-n_frames // lanes)
@@ -137,11 +142,14 @@ class TupleKernel:
         arrays: dict[str, Tensor] = {
             "items": _columns(items, n_items, positions),
             "particle": _columns(particle, n_particles, positions),
-            "numbers": self._numbers(shared, positions),
+            "numbers": self._numbers(loop, shared, positions),
             "positions": blocks(positions),
             "sums": new(10 + len(shared), dtype=torch.float64),
             "of_positions": new(n_particles, 3) if task.positions else new(0),
-            "of_items": new(n_items, len(items)) if task.particle else new(0),
+            # Each is written once.
+            "of_items": positions.new_empty(n_blocks, n_items, len(items), lanes)
+            if task.particle
+            else new(0),
             "of_particles": new(n_particles, len(particle)) if task.particle else new(0),
         }
         cells = [box] if self.periodic else []
@@ -190,12 +198,12 @@ class TupleKernel:
 
     def _by_item(
         self,
-        loop: tuple[Any, int],
+        loop: TupleLoop,
         task: Task,
         inputs: Inputs,
         directions: Sequence[Tensor | None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
-        function, lanes = loop
+        function, lanes = loop.function, loop.lanes
         positions, box = inputs[0], inputs[1]
         n_frames, n_particles = positions.shape[:2]
         n_items = len(self._particles)
@@ -219,7 +227,7 @@ class TupleKernel:
         fixed = {
             "items": blocks(items),
             "particle": _columns(particle, n_particles, positions),
-            "numbers": self._numbers(shared, positions),
+            "numbers": self._numbers(loop, shared, positions),
         }
         frames = []
         for f in range(n_frames):
@@ -267,8 +275,12 @@ class TupleKernel:
         energies, *results = (torch.stack(column) for column in zip(*frames, strict=True))
         return energies, results
 
-    def _numbers(self, shared: Sequence[Tensor], like: Tensor) -> Tensor:
-        constants = torch.tensor(self._constants, dtype=like.dtype)
+    def _numbers(self, loop: TupleLoop, shared: Sequence[Tensor], like: Tensor) -> Tensor:
+        fixed = [np.array(self._constants)]
+        if loop.series:
+            assert self._table is not None
+            fixed += [self._table(series) for series in loop.series]
+        constants = torch.as_tensor(np.concatenate(fixed), dtype=like.dtype)
         return torch.cat([_vector(shared, like), constants])
 
 

@@ -17,7 +17,15 @@ from llvmlite import ir
 
 from mdgraft.kernels.fused import jit
 from mdgraft.kernels.fused.emit import FLAGS, Emitter, Value
-from mdgraft.kernels.fused.graph import Graph, Node, Series, reverse_gradient, tangents
+from mdgraft.kernels.fused.graph import (
+    Graph,
+    Node,
+    Series,
+    gradient,
+    reverse_gradient,
+    tangents,
+    topological,
+)
 from mdgraft.kernels.fused.loops import DOUBLE, INDEX, INT32, LoopBuilder
 from mdgraft.kernels.fused.tiles import Task
 
@@ -46,6 +54,9 @@ class TupleFormula:
         Names of numbers that are known when the code runs, without derivatives.
     energy
         ``(graph, edge vectors, quantities by name) -> energy``.
+    forward
+        Whether derivatives are taken forwards, which is safe for branches that are infinite where
+        they are not taken.
     """
 
     n_particles: int
@@ -55,6 +66,7 @@ class TupleFormula:
     shared: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     energy: Callable[[Graph, Sequence[Vector], Mapping[str, Any]], Node]
+    forward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +110,7 @@ def _formulas(formula: TupleFormula, task: Task) -> _Formulas:
         shared if task.shared else [],
     ]
     flat = [node for group in groups for node in group]
-    slopes = iter(reverse_gradient(energy, flat))
+    slopes = iter((gradient if formula.forward else reverse_gradient)(energy, flat))
     parts = [[next(slopes) for _ in group] for group in groups]
     if not task.second:
         return _Formulas(energy, *(tuple(part) for part in parts))
@@ -108,16 +120,35 @@ def _formulas(formula: TupleFormula, task: Task) -> _Formulas:
     return _Formulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
 
 
+@dataclasses.dataclass(frozen=True)
+class TupleLoop:
+    """A compiled loop.
+
+    Attributes
+    ----------
+    function
+        The code; `ARRAYS` says what it takes.
+    lanes
+        Length of vectors.
+    series
+        Functions whose coefficients follow the constants among the numbers, in this order.
+    """
+
+    function: Any
+    lanes: int
+    series: tuple[Series, ...]
+
+
 @functools.lru_cache(maxsize=512)
 def compiled_tuples(
     formula: TupleFormula, task: Task, *, double: bool, periodic: bool, by_frame: bool
-) -> tuple[Any, int]:
-    """The loop for a formula in one precision, and the length of its vectors."""
+) -> TupleLoop:
+    """The loop for a formula in one precision."""
     scalar = ir.DoubleType() if double else ir.FloatType()
     lanes = max(4, jit.lanes(8 if double else 4))
     emitter = _Emitter(formula, task, scalar, lanes, periodic=periodic, by_frame=by_frame)
     types = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * len(ARRAYS)
-    return jit.compiled("tuples", emitter.emit(), types), lanes
+    return TupleLoop(jit.compiled("tuples", emitter.emit(), types), lanes, emitter.series)
 
 
 #: What the compiled function takes after ``begin, end, n_items, n_particles``. Blocks are of
@@ -128,7 +159,7 @@ def compiled_tuples(
 #: array               by frame              by item                        of
 #: ==================  ====================  =============================  ====================
 #: particles           (items, P)            (blocks, P, W)                 int32
-#: numbers             shared quantities, then constants
+#: numbers             shared quantities, constants, tables of series
 #: box                 (blocks, 3 k, W)      (3 k,)
 #: positions           (blocks, N, k, W)     (N, k)
 #: items               (items, n)            (blocks, n, W)
@@ -175,6 +206,13 @@ class _Emitter:
         self.periodic, self.by_frame = periodic, by_frame
         self.formulas = _formulas(formula, task)
         self.size = 6 if task.second else 3
+        self.series = tuple(
+            dict.fromkeys(
+                node.payload
+                for node in topological(self.formulas.roots)
+                if isinstance(node.payload, Series)
+            )
+        )
 
     def emit(self) -> str:
         number = self.scalar.as_pointer()
@@ -183,7 +221,7 @@ class _Emitter:
         types = [INDEX] * 4 + list(arrays.values())
         self.code = code = LoopBuilder("tuples", types, self.scalar, self.lanes)
         self.builder = code.builder
-        self.emitter = Emitter(code.builder, self.scalar, self.lanes, _no_series)
+        self.emitter = Emitter(code.builder, self.scalar, self.lanes, self._coefficients)
         begin, end, self.n_items, self.n_particles, *pointers = code.arguments
         self.array = dict(zip(ARRAYS, pointers, strict=True))
         formula = self.formula
@@ -200,6 +238,18 @@ class _Emitter:
             code.loop(begin, end, self._items)
             self._finish(None)
         return code.text()
+
+    def _coefficients(self, series: Series) -> tuple[list[Value], Value, Value]:
+        place = len(self.formula.shared) + len(self.formula.constants)
+        for other in self.series:
+            if other == series:
+                break
+            place += other.degree + 3
+        values = [
+            self.emitter.broadcast(self.code.at(self.array["numbers"], INDEX(place + k)))
+            for k in range(series.degree + 3)
+        ]
+        return values[2:], values[0], values[1]
 
     # Blocks -----------------------------------------------------------------------------------
 
@@ -424,7 +474,3 @@ class _Emitter:
         if self.by_frame:
             item = self.builder.add(self.builder.mul(self.block, self.n_items), item)
         return self.code.place(item, len(self.formula.item) * self.lanes, k * self.lanes)
-
-
-def _no_series(series: Series) -> Any:
-    raise NotImplementedError(f"{series.name}: formulas of items have no series")

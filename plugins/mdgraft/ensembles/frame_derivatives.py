@@ -1,0 +1,217 @@
+"""Energies, forces and parameter gradients of every frame in one pass over a batch.
+
+Compiled terms find the derivatives of each frame anyway, and hand them out here before they would
+be summed. Terms of plain torch operations are differentiated under `torch.vmap`. No graph is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mdgraft._errors import InvalidInputError
+from mdgraft.frames import Frames
+from mdgraft.kernels.derivatives import collected
+from mdgraft.potentials import Potential
+
+#: Numbers, of positions or gradients, that a batch holds at most.
+_NUMBERS = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrameDerivatives:
+    """What `frame_derivatives` finds for F frames of N particles and P parameter scalars.
+
+    Attributes
+    ----------
+    energies
+        ``(F,)`` [kJ/mol].
+    forces
+        ``(F, N, 3)`` [kJ/mol/nm], or None.
+    gradients
+        ``(F, P)`` [kJ/mol per unit of the parameter].
+    """
+
+    energies: Tensor
+    forces: Tensor | None
+    gradients: Tensor
+
+
+def frame_derivatives(
+    potential: Potential,
+    frames: Frames,
+    names: Sequence[str],
+    *,
+    forces: bool = True,
+    batch_size: int | None = None,
+) -> FrameDerivatives:
+    """Energies, forces and derivatives in parameters, frame by frame.
+
+    Parameters
+    ----------
+    potential
+        The potential.
+    frames
+        F frames.
+    names
+        Names of parameters; P counts their scalars, in this order, each flattened.
+    forces
+        Whether forces are wanted.
+    batch_size
+        Frames that are evaluated at a time; by default as many as memory allows.
+
+    Returns
+    -------
+    FrameDerivatives
+        In float64, without a graph.
+
+    Raises
+    ------
+    InvalidInputError
+        For an unknown name.
+    """
+    named = dict(potential.named_parameters())
+    for name in names:
+        if name not in named:
+            raise InvalidInputError(f"names: no parameter {name!r}; there are {sorted(named)}")
+    n_scalars = sum(named[name].numel() for name in names)
+    if batch_size is None:
+        batch_size = max(1, _NUMBERS // max(3 * frames.n_particles, n_scalars, 1))
+    parts = []
+    for batch in frames.batches(batch_size):
+        with _only(potential, names) as parameters:
+            evaluate = _collected if potential.framewise else _mapped
+            parts.append(
+                evaluate(potential, batch, dict(zip(names, parameters, strict=True)), forces)
+            )
+    if not parts:
+        empty = torch.empty(0, dtype=torch.float64)
+        return FrameDerivatives(
+            energies=empty,
+            forces=empty.reshape(0, frames.n_particles, 3) if forces else None,
+            gradients=empty.reshape(0, n_scalars),
+        )
+    return FrameDerivatives(
+        energies=_joined([e for e, _, _ in parts]),
+        forces=-_joined([f for _, f, _ in parts if f is not None]) if forces else None,
+        gradients=_joined([g for _, _, g in parts]),
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts))).double()
+
+
+#: Energies ``(F,)``, gradient in positions, gradients ``(F, P)``.
+_Found: TypeAlias = "tuple[Tensor, Tensor | None, Tensor]"
+
+
+def _collected(
+    potential: Potential, batch: Frames, named: dict[str, Tensor], forces: bool
+) -> _Found:
+    """From what compiled terms know of every frame; what is left is differentiated by torch."""
+    n, parameters = len(batch), list(named.values())
+    with torch.enable_grad():
+        positions = batch.positions.detach().requires_grad_(forces)
+        with collected() as pieces:
+            energies = potential(positions, batch.box)
+        live = [piece for piece in pieces if piece.energies.requires_grad]
+        weights: Sequence[Tensor | None] = []
+        if live:
+            weights = torch.autograd.grad(
+                energies.sum(), [p.energies for p in live], retain_graph=True, allow_unused=True
+            )
+        # Quantities that are computed from parameters.
+        derived: list[Tensor] = []
+        of_derived: list[Tensor] = []
+        # One frame's energy depends on that frame alone, so positions need no batch of seeds.
+        outputs, seeds = [energies.sum()], [torch.ones_like(energies[0])]
+        whole = torch.zeros(n, sum(p.numel() for p in parameters), dtype=torch.float64)
+        parts = whole.split([p.numel() for p in parameters], dim=1)
+        total = {id(p): part for p, part in zip(parameters, parts, strict=True)}
+        for piece, weight in zip(live, weights, strict=True):
+            if weight is None:
+                continue
+            for k, (tensor, gradient) in enumerate(zip(piece.inputs, piece.gradients, strict=True)):
+                if gradient is None:
+                    continue
+                seed = gradient
+                if not bool((weight == 1).all()):
+                    seed = weight.reshape(-1, *(1,) * (gradient.ndim - 1)) * gradient
+                if k < 2:
+                    outputs.append(tensor)
+                    seeds.append(seed)
+                elif id(tensor) in total:
+                    total[id(tensor)] += seed.reshape(n, -1)
+                else:
+                    derived.append(tensor)
+                    of_derived.append(seed)
+        slopes = None
+        if forces:
+            slopes = torch.autograd.grad(
+                outputs, positions, seeds, retain_graph=True, allow_unused=True
+            )[0]
+            slopes = torch.zeros_like(positions) if slopes is None else slopes
+        # What plain operations add to energies.
+        if _reaches(energies, parameters):
+            derived.append(energies)
+            of_derived.append(torch.eye(n, dtype=energies.dtype))
+        if derived:
+            jacobians = torch.autograd.grad(
+                derived, parameters, of_derived, is_grads_batched=True, allow_unused=True
+            )
+            for parameter, jacobian in zip(parameters, jacobians, strict=True):
+                if jacobian is not None:
+                    total[id(parameter)] += jacobian.reshape(n, -1)
+    return energies.detach(), slopes, whole
+
+
+def _reaches(output: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph of an output leads to any of these."""
+    if not output.requires_grad or not parameters:
+        return False
+    slopes = torch.autograd.grad(
+        output, parameters, torch.zeros_like(output), retain_graph=True, allow_unused=True
+    )
+    return any(slope is not None for slope in slopes)
+
+
+def _mapped(potential: Potential, batch: Frames, named: dict[str, Tensor], forces: bool) -> _Found:
+    """By `torch.vmap` over frames, for terms of plain torch operations."""
+
+    def energy(changed: dict[str, Tensor], x: Tensor, box: Tensor | None) -> Tensor:
+        arguments = (x,) if box is None else (x, box)
+        result: Tensor = torch.func.functional_call(potential, changed, arguments)
+        return result
+
+    wanted: Any = (0, 1) if forces else 0
+    both = torch.func.grad_and_value(energy, argnums=wanted)
+    in_dims = (None, 0, None if batch.box is None else 0)
+    values = {name: p.detach() for name, p in named.items()}
+    found, energies = torch.func.vmap(both, in_dims=in_dims)(values, batch.positions, batch.box)
+    gradients, slopes = found if forces else (found, None)
+    columns = [gradients[name].reshape(len(batch), -1) for name in named]
+    joined = torch.cat(columns, dim=1) if columns else energies.new_zeros(len(batch), 0)
+    return energies, slopes, joined
+
+
+@contextlib.contextmanager
+def _only(potential: Potential, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Make these parameters, and no others, take part in derivatives for a while."""
+    before = {p: p.requires_grad for p in potential.parameters()}
+    named = dict(potential.named_parameters())
+    chosen = [named[name] for name in names]
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        yield list(chosen)
+    finally:
+        for parameter, on in before.items():
+            parameter.requires_grad_(on)
