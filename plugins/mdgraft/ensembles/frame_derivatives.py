@@ -20,7 +20,7 @@ from mdgraft.kernels.derivatives import collected
 from mdgraft.potentials import Potential
 
 #: Numbers, of positions or gradients, that a batch holds at most.
-_NUMBERS = 4_000_000
+_NUMBERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,18 +132,20 @@ def _collected(
         # One frame's energy depends on that frame alone, so positions need no batch of seeds.
         outputs, seeds = [energies.sum()], [torch.ones_like(energies[0])]
         whole = torch.zeros(n, sum(p.numel() for p in parameters), dtype=torch.float64)
-        parts = whole.split([p.numel() for p in parameters], dim=1)
+        parts = torch.split(whole, [p.numel() for p in parameters], dim=1)
         total = {id(p): part for p, part in zip(parameters, parts, strict=True)}
         for piece, weight in zip(live, weights, strict=True):
             if weight is None:
                 continue
-            for k, (tensor, gradient) in enumerate(zip(piece.inputs, piece.gradients, strict=True)):
+            for tensor, gradient, framed in zip(
+                piece.inputs, piece.gradients, piece.framed, strict=True
+            ):
                 if gradient is None:
                     continue
                 seed = gradient
                 if not bool((weight == 1).all()):
                     seed = weight.reshape(-1, *(1,) * (gradient.ndim - 1)) * gradient
-                if k < 2:
+                if framed:
                     outputs.append(tensor)
                     seeds.append(seed)
                 elif id(tensor) in total:

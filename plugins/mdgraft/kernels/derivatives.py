@@ -36,6 +36,8 @@ class Kernel(Protocol):
 
     #: Whether many frames cost less in one call, and first derivatives little beside energies.
     fused: bool
+    #: Inputs beside positions and box that differ between frames, ``(F, *shape)``, by place.
+    framed: tuple[int, ...]
     #: A plain torch form ``(*inputs) -> (F,)`` for derivatives beyond the second, or None.
     reference: Callable[..., Tensor] | None
 
@@ -99,11 +101,14 @@ class Piece:
         The kernel's inputs, with their graphs.
     gradients
         Derivatives of each frame's energy in those inputs that have graphs.
+    framed
+        Whether each input has a frame axis.
     """
 
     energies: Tensor
     inputs: tuple[Tensor, ...]
     gradients: PerFrame
+    framed: tuple[bool, ...]
 
 
 class _Pieces(list[Piece]):
@@ -114,7 +119,8 @@ class _Pieces(list[Piece]):
         if energies is None:
             energies = kernel.energies(plain)
         leaf = energies.requires_grad_(any(wanted))
-        self.append(Piece(leaf, inputs, gradients))
+        framed = tuple(k < 2 or k in kernel.framed for k in range(len(inputs)))
+        self.append(Piece(leaf, inputs, gradients, framed))
         return leaf
 
 
@@ -143,6 +149,8 @@ class _Call:
 
     def __init__(self, kernel: Kernel, inputs: Inputs) -> None:
         self.kernel = kernel
+        #: Whether each input has a frame axis.
+        self.framed = tuple(k < 2 or k in kernel.framed for k in range(len(inputs)))
         graph = kernel.fused and torch.is_grad_enabled()
         self._eager = tuple(graph and t.requires_grad and t.numel() > 0 for t in inputs)
         self._known: tuple[list[tuple[Any, ...]], list[Tensor], PerFrame] | None = None
@@ -214,8 +222,8 @@ class _Energy(torch.autograd.Function):
         for k, (gradient, tensor) in enumerate(zip(gradients, tensors, strict=True)):
             if not wanted[k]:
                 result.append(None)
-            elif k < 2:
-                result.append(weight.reshape(-1, 1, 1) * gradient)
+            elif ctx.call.framed[k]:
+                result.append(weight.reshape(-1, *(1,) * (gradient.ndim - 1)) * gradient)
             else:
                 flat = gradient.reshape(gradient.shape[0], tensor.numel())
                 result.append((weight @ flat).reshape(tensor.shape))
@@ -227,8 +235,8 @@ class _Energy(torch.autograd.Function):
         wanted = tuple(tangent is not None for tangent in tangents)
         n_frames = tensors[0].shape[0]
         given = [
-            t.new_zeros(0) if tangent is None else _by_frame(tangent, k, n_frames)
-            for k, (t, tangent) in enumerate(zip(tensors, tangents, strict=True))
+            t.new_zeros(0) if tangent is None else _by_frame(tangent, framed, n_frames)
+            for t, tangent, framed in zip(tensors, tangents, ctx.call.framed, strict=True)
         ]
         apply: Any = _Slope.apply
         change: Tensor = apply(ctx.call, wanted, len(tensors), *tensors, *given)
@@ -273,7 +281,7 @@ class _Slope(torch.autograd.Function):
         products = _product(ctx.call, needed[: ctx.n], tensors, weighted)
         gradient: Any = _Gradient.apply
         gradients = gradient(ctx.call, needed[ctx.n :], *tensors)
-        found = _shared(products, tensors, needed[: ctx.n])
+        found = _shared(ctx.call, products, tensors, needed[: ctx.n])
         for gradient, on in zip(gradients, needed[ctx.n :], strict=True):
             weights = weight.reshape(-1, *(1,) * (gradient.ndim - 1))
             found.append(weights * gradient if on else None)
@@ -290,9 +298,9 @@ class _Slope(torch.autograd.Function):
         turned = tuple(turn is not None and on for turn, on in zip(turns, ctx.wanted, strict=True))
         gradients = gradient(ctx.call, turned, *tensors)
         change: Tensor = tensors[0].new_zeros(n_frames)
-        for k, (product, move) in enumerate(zip(products, moves, strict=True)):
+        for product, move, framed in zip(products, moves, ctx.call.framed, strict=True):
             if move is not None:
-                change = change + _contract(product, _by_frame(move, k, n_frames))
+                change = change + _contract(product, _by_frame(move, framed, n_frames))
         for part, turn, on in zip(gradients, turns, turned, strict=True):
             if on:
                 change = change + _contract(part, turn)
@@ -329,7 +337,7 @@ class _Gradient(torch.autograd.Function):
             for g, on, t in zip(grad_outputs, ctx.wanted, tensors, strict=True)
         ]
         products = _product(ctx.call, wanted, tensors, directions)
-        found = _shared(products, tensors, wanted)
+        found = _shared(ctx.call, products, tensors, wanted)
         return (None, None, *found)
 
     @staticmethod
@@ -337,8 +345,8 @@ class _Gradient(torch.autograd.Function):
         tensors, tangents = ctx.saved_tensors, grad_inputs[2:]
         n_frames = tensors[0].shape[0]
         directions = [
-            t.new_zeros(0) if tangent is None else _by_frame(tangent, k, n_frames)
-            for k, (tangent, t) in enumerate(zip(tangents, tensors, strict=True))
+            t.new_zeros(0) if tangent is None else _by_frame(tangent, framed, n_frames)
+            for tangent, t, framed in zip(tangents, tensors, ctx.call.framed, strict=True)
         ]
         return _product(ctx.call, ctx.wanted, tensors, directions)
 
@@ -379,8 +387,8 @@ class _Product(torch.autograd.Function):
         own = _product(ctx.call, needed[n:], tensors, left)
         through: list[Tensor | None] = [None] * n
         if any(needed[:n]):
-            turns = _turns(ctx.call.kernel, tensors, directions, left)
-            through = _shared(turns, tensors, needed[:n])
+            turns = _turns(ctx.call, tensors, directions, left)
+            through = _shared(ctx.call, turns, tensors, needed[:n])
         return (
             *(None, None, None, *through),
             *(p if on else None for p, on in zip(own, needed[n:], strict=True)),
@@ -398,8 +406,8 @@ class _Product(torch.autograd.Function):
         if any(move is not None for move in moves):
             n_frames = tensors[0].shape[0]
             moved = [
-                t.new_zeros(0) if move is None else _by_frame(move, k, n_frames)
-                for k, (t, move) in enumerate(zip(tensors, moves, strict=True))
+                t.new_zeros(0) if move is None else _by_frame(move, framed, n_frames)
+                for t, move, framed in zip(tensors, moves, ctx.call.framed, strict=True)
             ]
             apply: Any = _Turn.apply
             more = apply(ctx.call, ctx.wanted, n, *tensors, *directions, *moved)
@@ -419,9 +427,9 @@ def _product(
     return result
 
 
-def _by_frame(tangent: Tensor, k: int, n_frames: int) -> Tensor:
-    """The tangent of input ``k``, with a frame axis."""
-    return tangent if k < 2 else tangent.expand(n_frames, *tangent.shape)
+def _by_frame(tangent: Tensor, framed: bool, n_frames: int) -> Tensor:
+    """The tangent of an input, with a frame axis."""
+    return tangent if framed else tangent.expand(n_frames, *tangent.shape)
 
 
 def _contract(gradient: Tensor, tangent: Tensor) -> Tensor:
@@ -430,15 +438,15 @@ def _contract(gradient: Tensor, tangent: Tensor) -> Tensor:
 
 
 def _shared(
-    products: Sequence[Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]
+    call: _Call, products: Sequence[Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """What all frames contribute to derivatives in the inputs."""
     found: list[Tensor | None] = []
-    for k, (product, tensor, on) in enumerate(zip(products, tensors, wanted, strict=True)):
+    for product, tensor, on, framed in zip(products, tensors, wanted, call.framed, strict=True):
         if not on:
             found.append(None)
         else:
-            found.append(product if k < 2 else product.sum(dim=0).reshape(tensor.shape))
+            found.append(product if framed else product.sum(dim=0).reshape(tensor.shape))
     return found
 
 
@@ -453,7 +461,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, wanted: tuple[bool, ...], n: int, *args: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            turns = _turns(call.kernel, args[:n], args[n : 2 * n], args[2 * n :])
+            turns = _turns(call, args[:n], args[n : 2 * n], args[2 * n :])
         return tuple(
             turn.detach() if on else t.new_zeros(0)
             for turn, on, t in zip(turns, wanted, args, strict=False)
@@ -469,7 +477,7 @@ class _Turn(torch.autograd.Function):
         n = ctx.n
 
         def turned(*args: Tensor) -> tuple[Tensor, ...]:
-            turns = _turns(ctx.call.kernel, args[:n], args[n : 2 * n], args[2 * n :])
+            turns = _turns(ctx.call, args[:n], args[n : 2 * n], args[2 * n :])
             return tuple(turn for turn, on in zip(turns, ctx.wanted, strict=True) if on)
 
         weights = tuple(g for g, on in zip(grad_outputs, ctx.wanted, strict=True) if on)
@@ -491,10 +499,10 @@ class _Turn(torch.autograd.Function):
 
 
 def _turns(
-    kernel: Kernel, tensors: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
+    call: _Call, tensors: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> list[Tensor]:
     """Derivatives of ``first . (second derivatives) . second`` of each frame."""
-    reference = kernel.reference
+    reference, framed = call.kernel.reference, call.framed
     if reference is None:
         raise UnsupportedDerivativeError(
             "a term that its host evaluates has derivatives up to the second order; graft it by "
@@ -509,7 +517,7 @@ def _turns(
 
     found = []
     for f in range(tensors[0].shape[0]):
-        frame = (tensors[0][f : f + 1], tensors[1][f : f + 1], *tensors[2:])
+        frame = tuple(t[f : f + 1] if own else t for t, own in zip(tensors, framed, strict=True))
         right, left = along(first, f, frame), along(second, f, frame)
 
         def curvature(*x: Tensor, right: Any = right, left: Any = left) -> Tensor:
@@ -523,10 +531,18 @@ def _turns(
         every = tuple(range(len(frame)))
         found.append(torch.func.grad(curvature, argnums=every)(*frame))
     if not found:
-        return [t.new_zeros(0, *(t.shape[1:] if k < 2 else t.shape)) for k, t in enumerate(tensors)]
+        return empty_per_frame(tensors, framed)
     return [
-        torch.cat(column) if k < 2 else torch.stack(column)
-        for k, column in enumerate(zip(*found, strict=True))
+        torch.cat(column) if own else torch.stack(column)
+        for column, own in zip(zip(*found, strict=True), framed, strict=True)
+    ]
+
+
+def empty_per_frame(tensors: Sequence[Tensor], framed: Sequence[bool]) -> list[Tensor]:
+    """Derivatives in the inputs of no frames at all."""
+    return [
+        t.new_zeros(0, *(t.shape[1:] if own else t.shape))
+        for t, own in zip(tensors, framed, strict=True)
     ]
 
 
@@ -538,14 +554,16 @@ def _batch(
     *,
     n_leading: int,
     n_inputs: int,
+    framed: Sequence[bool] | None = None,
 ) -> Any:
     """Rule for `torch.vmap`: a batch of frames is more frames, unless parameters differ.
 
     ``args`` are ``n_leading`` that are no tensors, the inputs, and tensors with a frame axis.
     """
     call = args[0]
-    shared = in_dims[n_leading + 2 : n_leading + n_inputs]
-    if not call.kernel.fused or any(dim is not None for dim in shared):
+    own = call.framed if framed is None else framed
+    common = [n_leading + k for k in range(n_inputs) if not own[k]]
+    if not call.kernel.fused or any(in_dims[k] is not None for k in common):
         return one_by_one(function, info, in_dims, args)
 
     def merged(arg: Tensor, dim: int | None) -> Tensor:
@@ -557,9 +575,8 @@ def _batch(
             arg = arg.movedim(dim, 0)
         return arg.flatten(0, 1)
 
-    place = range(n_leading + 2, n_leading + n_inputs)
     folded = [
-        arg if k < n_leading or k in place else merged(arg, dim)
+        arg if k < n_leading or k in common else merged(arg, dim)
         for k, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
     ]
     result = function.apply(*folded)

@@ -102,6 +102,7 @@ class _Differences:
     """An engine as a kernel whose second derivatives are differences."""
 
     fused = False
+    framed: tuple[int, ...] = ()
     reference: Callable[..., Tensor] | None = None
 
     def __init__(self, engine: Engine) -> None:

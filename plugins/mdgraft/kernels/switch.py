@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _PLAIN = contextvars.ContextVar("_PLAIN", default=False)
+#: Below this number of particles compiling what users wrote takes longer than it saves.
+_SMALLEST = contextvars.ContextVar("_SMALLEST", default=24)
 _AVAILABLE = importlib.util.find_spec("numba") is not None
 
 
@@ -28,8 +30,28 @@ def plain_kernels() -> Iterator[None]:
         _PLAIN.reset(token)
 
 
-def compiled_kernels(tensor: Tensor) -> bool:
-    """Whether compiled kernels may evaluate this tensor."""
+@contextlib.contextmanager
+def compiled_from(n_particles: int) -> Iterator[None]:
+    """Compile expressions of users for systems of at least so many particles in this context."""
+    token = _SMALLEST.set(n_particles)
+    try:
+        yield
+    finally:
+        _SMALLEST.reset(token)
+
+
+def compiled_kernels(tensor: Tensor, *, n_particles: int | None = None) -> bool:
+    """Whether compiled kernels may evaluate this tensor.
+
+    Parameters
+    ----------
+    tensor
+        Positions.
+    n_particles
+        How many particles there are, if the kernel is still to be made from what users wrote.
+    """
+    if n_particles is not None and n_particles < _SMALLEST.get():
+        return False
     if _PLAIN.get() or not _AVAILABLE or tensor.device.type != "cpu":
         return False
     if tensor.dtype not in (torch.float32, torch.float64):

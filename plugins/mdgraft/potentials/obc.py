@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft._units import CHARGE, COULOMB, DIMENSIONLESS, NANOMETER, SURFACE_ENERGY
+from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.pairs import Pairs, all_pairs, neighbor_pairs
+from mdgraft.kernels.sums import particle_sums
+from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials.geometry import safe_norm
+from mdgraft.potentials.item_term import cell_of
 from mdgraft.potentials.term import AbstractTerm
+
+if TYPE_CHECKING:
+    from mdgraft.kernels.fused.pair_kernel import PairKernel
+    from mdgraft.kernels.fused.tiles import PairFormula
 
 # Constants of model II of the paper, and of OpenMM [nm].
 _ALPHA, _BETA, _GAMMA = 1.0, 0.8, 4.85
@@ -56,7 +66,8 @@ class GeneralizedBornOBC(AbstractTerm):
         periodic: bool = False,
     ) -> None:
         super().__init__(periodic=periodic)
-        self.cutoff = cutoff
+        self.cutoff, self._n = cutoff, len(charge)
+        self._kernels: tuple[PairKernel, PairKernel] | None = None
         nothing = torch.empty(0, dtype=torch.long)
         self.register_buffer("excluded", nothing, persistent=False)
         self.add_parameter("charge", charge, CHARGE)
@@ -74,49 +85,104 @@ class GeneralizedBornOBC(AbstractTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        n_frames, n = positions.shape[:2]
-        if math.isinf(self.cutoff):
-            pairs = all_pairs(n, self.excluded)
+        charge, radius = values["charge"], values["radius"]
+        offset = radius - _OFFSET
+        own = (offset, offset * values["scaling_factor"])
+        compiled = compiled_kernels(positions)
+        if compiled:
+            descreening, solvation = self._compiled()
+            descreened = particle_sums(descreening, positions, box, own)
         else:
-            pairs = neighbor_pairs(positions, box, cutoff=self.cutoff, excluded=self.excluded)
-        r = safe_norm(pairs.displacements(positions, box))
-        within = r <= self.cutoff
-        born = self._born_radii(pairs, r, within, values, n_frames)
+            pairs, r = self._pairs(positions, box)
+            descreened = self._descreened(pairs, r, *own, n_frames=positions.shape[0])
+        psi = 0.5 * offset * descreened
+        smooth = torch.tanh(psi * (_ALPHA - psi * (_BETA - _GAMMA * psi)))
+        born = 1 / (1 / offset - smooth / radius)
 
-        charge = values["charge"]
+        if compiled:
+            energy = differentiable_energy(solvation, positions, box, [charge, born])
+        else:
+            energy = self._screened(pairs, r, charge, born)
         tau = _difference(values["solute_dielectric"], values["solvent_dielectric"])
-        i, j = pairs.first, pairs.second
-        product = pairs.at(born, i) * pairs.at(born, j)
-        distance = torch.sqrt(r * r + product * torch.exp(-r * r / (4 * product)))
-        shift = 0.0 if math.isinf(self.cutoff) else 1 / self.cutoff
-        screened = charge[i] * charge[j] * (1 / distance - shift)
-        energy = pairs.sum(torch.where(within, screened, 0.0), n_frames)
         energy = -COULOMB * tau * (energy + 0.5 * (charge * charge / born).sum(dim=-1))
 
-        radius = values["radius"]
         area = 4 * math.pi * (radius + _PROBE) ** 2 * (radius / born) ** 6
         exposed = torch.where(born > 0, area, 0.0).sum(dim=-1)
         return energy + values["surface_area_energy"] * exposed
 
-    def _born_radii(
-        self,
-        pairs: Pairs,
-        r: Tensor,
-        within: Tensor,
-        values: Mapping[str, Tensor],
-        n_frames: int,
+    # Plain torch ------------------------------------------------------------------------------
+
+    def _pairs(self, positions: Tensor, box: Tensor | None) -> tuple[Pairs, Tensor]:
+        """Pairs and their distances."""
+        if math.isinf(self.cutoff):
+            pairs = all_pairs(positions.shape[1], self.excluded)
+        else:
+            pairs = neighbor_pairs(positions, box, cutoff=self.cutoff, excluded=self.excluded)
+        return pairs, safe_norm(pairs.displacements(positions, box))
+
+    def _descreened(
+        self, pairs: Pairs, r: Tensor, offset: Tensor, scaled: Tensor, *, n_frames: int
     ) -> Tensor:
-        """Effective Born radii ``(frames, N)`` [nm]."""
-        radius = values["radius"]
-        offset = radius - _OFFSET
-        scaled = offset * values["scaling_factor"]
-        descreened = torch.zeros(n_frames, len(radius), dtype=r.dtype, device=r.device)
+        """What neighbours take from each particle's Coulomb field, ``(frames, N)`` [1/nm]."""
+        within = r <= self.cutoff
+        total = torch.zeros(n_frames, len(offset), dtype=r.dtype, device=r.device)
         for at, by in ((pairs.first, pairs.second), (pairs.second, pairs.first)):
             integral = torch.where(within, _integral(r, offset[at], scaled[by]), 0.0)
-            descreened = pairs.add_at(descreened, at, integral)
-        psi = 0.5 * offset * descreened
-        smooth = torch.tanh(psi * (_ALPHA - psi * (_BETA - _GAMMA * psi)))
-        return 1 / (1 / offset - smooth / radius)
+            total = pairs.add_at(total, at, integral)
+        return total
+
+    def _screened(self, pairs: Pairs, r: Tensor, charge: Tensor, born: Tensor) -> Tensor:
+        """Sum of ``q_i q_j (1/f - 1/cutoff)`` with Still's f, ``(frames,)`` [e^2/nm]."""
+        i, j = pairs.first, pairs.second
+        product = pairs.at(born, i) * pairs.at(born, j)
+        distance = torch.sqrt(r * r + product * torch.exp(-r * r / (4 * product)))
+        screened = charge[i] * charge[j] * (1 / distance - self._shift)
+        return pairs.sum(torch.where(r <= self.cutoff, screened, 0.0), born.shape[0])
+
+    @property
+    def _shift(self) -> float:
+        return 0.0 if math.isinf(self.cutoff) else 1 / self.cutoff
+
+    # Compiled ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code belongs to this process.
+        return self.__dict__ | {"_kernels": None}
+
+    def _compiled(self) -> tuple[PairKernel, PairKernel]:
+        if self._kernels is None:
+            from mdgraft.kernels.fused.clusters import Exclusions
+            from mdgraft.kernels.fused.pair_kernel import PairKernel
+            from mdgraft.potentials.obc_formulas import DESCREENING, SOLVATION
+
+            def kernel(formula: PairFormula, reference: Callable[..., Tensor]) -> PairKernel:
+                return PairKernel(
+                    formula,
+                    # The cutoff itself is within.
+                    cutoff=math.nextafter(self.cutoff, math.inf),
+                    exclusions=Exclusions.of_pairs(np.empty((0, 2), dtype=np.int64), self._n),
+                    constants={"shift": self._shift},
+                    reference=reference,
+                )
+
+            self._kernels = (
+                kernel(DESCREENING, self._plain_descreening),
+                kernel(SOLVATION, self._plain_solvation),
+            )
+        return self._kernels
+
+    def _plain_descreening(
+        self, positions: Tensor, box: Tensor, weight: Tensor, offset: Tensor, scaled: Tensor
+    ) -> Tensor:
+        pairs, r = self._pairs(positions, cell_of(box))
+        total = self._descreened(pairs, r, offset, scaled, n_frames=positions.shape[0])
+        return (weight * total).sum(dim=-1)
+
+    def _plain_solvation(
+        self, positions: Tensor, box: Tensor, charge: Tensor, born: Tensor
+    ) -> Tensor:
+        pairs, r = self._pairs(positions, cell_of(box))
+        return self._screened(pairs, r, charge, born)
 
 
 def _difference(solute: Tensor, solvent: Tensor) -> Tensor:

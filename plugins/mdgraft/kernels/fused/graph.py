@@ -295,14 +295,23 @@ Rule: TypeAlias = "Callable[[Graph, Node, tuple[Node, ...]], Sequence[Operand]]"
 
 
 def _pow(g: Graph, n: Node, a: tuple[Node, ...]) -> Sequence[Operand]:
-    # Zero where the limit is, as torch has it: x^0 is constant, and 0^y is for y >= 0.
     x, y = a
     in_x = y * g.apply("pow", x, y - 1)
     if y.value is not None:
         return in_x, 0.0
-    in_x = g.select(g.apply("equal", y, 0.0), 0.0, in_x)
     in_y = n * g.apply("log", x)
-    return in_x, g.select(g.apply("equal", x, 0.0), g.select(y >= 0, 0.0, in_y), in_y)
+    # At x = 0, what torch has: x^0 is constant, and so is 0^y for y >= 0.
+    origin = g.apply("equal", x, 0.0)
+    in_x = g.select(origin, g.select(g.apply("equal", y, 0.0), 0.0, in_x), in_x)
+    return in_x, g.select(origin, g.select(y >= 0, 0.0, in_y), in_y)
+
+
+def _atan2(g: Graph, n: Node, a: tuple[Node, ...]) -> Sequence[Operand]:
+    y, x = a
+    square = x * x + y * y
+    # Zero at the origin, as torch has it.
+    inverse = g.select(g.apply("equal", square, 0.0), 0.0, 1 / square)
+    return x * inverse, -(y * inverse)
 
 
 def _divide(g: Graph, n: Node, a: tuple[Node, ...]) -> Sequence[Operand]:
@@ -326,10 +335,7 @@ DERIVATIVES: Mapping[str, Rule] = {
     "asin": lambda g, n, a: (g.rsqrt(1 - a[0] * a[0]),),
     "acos": lambda g, n, a: (-g.rsqrt(1 - a[0] * a[0]),),
     "atan": lambda g, n, a: (1 / (1 + a[0] * a[0]),),
-    "atan2": lambda g, n, a: (
-        a[1] / (a[0] * a[0] + a[1] * a[1]),
-        -a[0] / (a[0] * a[0] + a[1] * a[1]),
-    ),
+    "atan2": _atan2,
     "sinh": lambda g, n, a: (g.apply("cosh", a[0]),),
     "cosh": lambda g, n, a: (g.apply("sinh", a[0]),),
     "tanh": lambda g, n, a: (1 - n * n,),

@@ -57,6 +57,7 @@ class MeshKernel:
     """
 
     fused: bool = True
+    framed: tuple[int, ...] = ()
 
     def __init__(self, kind: Interaction, *, alpha: float, grid: tuple[int, int, int]) -> None:
         plain = pme_coulomb if kind == Interaction.COULOMB else pme_dispersion

@@ -69,10 +69,13 @@ class PairKernel:
         cutoff: float,
         exclusions: Exclusions,
         constants: Mapping[str, float],
-        table: Table,
+        table: Table | None = None,
         reference: Callable[..., Tensor] | None,
     ) -> None:
         self.formula = formula
+        self.framed = tuple(
+            2 + k for k, name in enumerate(formula.particle) if name in formula.framed
+        )
         self.cutoff = cutoff
         self.exclusions = exclusions
         self.constants = dict(constants)
@@ -105,6 +108,12 @@ class PairKernel:
         if few is not None:
             return few.products(inputs, directions, wanted)
         return self._run(inputs, self._task(wanted, second=True), directions, wanted)[1]
+
+    def _tables(self, loop: Loop) -> list[np.ndarray]:
+        if not loop.series:
+            return []
+        assert self._table is not None
+        return [self._table(series) for series in loop.series]
 
     def _by_frame(self, inputs: Inputs) -> TupleKernel | None:
         """Another kernel, for many frames of few particles."""
@@ -157,7 +166,11 @@ class PairKernel:
         energies = positions.new_zeros(n_frames)
         results: PerFrame = (
             [
-                positions.new_zeros(n_frames, *(t.shape[1:] if k < 2 else t.shape)) if on else None
+                positions.new_zeros(
+                    n_frames, *(t.shape[1:] if k < 2 or k in self.framed else t.shape)
+                )
+                if on
+                else None
                 for k, (t, on) in enumerate(zip(inputs, wanted, strict=True))
             ]
             if wanted
@@ -181,8 +194,9 @@ class PairKernel:
             moves = None
             if directions is not None:
                 moves = [None if d is None else d[f].detach() for d in directions]
+            mine = [q[f] if 2 + k in self.framed else q for k, q in enumerate(own)]
             energy, slopes, change, particle, common = self._frame(
-                loop, task, tiles, here, cell, own, shared, moves, dtype
+                loop, task, tiles, here, cell, mine, shared, moves, dtype
             )
             if not task.second:
                 energies[f] = energy
@@ -263,7 +277,7 @@ class PairKernel:
             numbers += [0.0 if d is None else float(d) for d in moves[2 + n_own :]]
             shifts = np.concatenate([shifts, tiles.images @ turn], axis=1)
         numbers += [self.constants[name] for name in self.formula.constants]
-        table = np.concatenate([np.array(numbers), *(self._table(s) for s in loop.series)])
+        table = np.concatenate([np.array(numbers), *self._tables(loop)])
         data = torch.empty(tiles.n_clusters, loop.n_inputs, lanes, dtype=dtype).numpy()
         _fill_positions(data, 0, tiles.order, np.ascontiguousarray(columns[0]), tiles.wraps, cell)
         for k, quantity in enumerate(own):

@@ -38,6 +38,7 @@ def _as_items(formula: PairFormula, cutoff: bool) -> TupleFormula:
         edges=((0, 1),),
         item=(),
         particle=formula.particle,
+        framed=formula.framed,
         shared=formula.shared,
         constants=("cutoff_squared", *formula.constants),
         energy=energy,
@@ -52,7 +53,7 @@ def pairs_by_frame(
     excluded: set[tuple[int, int]],
     cutoff: float,
     constants: Mapping[str, float],
-    table: Callable[[Series], np.ndarray],
+    table: Callable[[Series], np.ndarray] | None,
     periodic: bool,
     reference: Callable[..., Tensor] | None,
 ) -> TupleKernel:

@@ -34,6 +34,8 @@ class PairFormula:
     ----------
     particle
         Names of the quantities that each particle has.
+    framed
+        Those among them that differ between frames.
     shared
         Names of quantities that all pairs share, in which derivatives are taken.
     constants
@@ -46,6 +48,7 @@ class PairFormula:
     particle: tuple[str, ...]
     shared: tuple[str, ...]
     constants: tuple[str, ...]
+    framed: tuple[str, ...] = ()
     energy: Callable[
         [Graph, Node, Mapping[str, Node], Mapping[str, Node], Mapping[str, Node]], Node
     ]

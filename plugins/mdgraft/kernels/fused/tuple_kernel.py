@@ -58,6 +58,10 @@ class TupleKernel:
         self.reference = reference
         self._particles = np.ascontiguousarray(particles, dtype=np.int32)
         self._table = table
+        start = 2 + len(formula.item)
+        self.framed = tuple(
+            start + k for k, name in enumerate(formula.particle) if name in formula.framed
+        )
         self._constants = [(constants or {})[name] for name in formula.constants]
         self._padded: dict[int, Tensor] = {}
 
@@ -92,7 +96,9 @@ class TupleKernel:
         n_frames = positions.shape[0]
         if len(self._particles) == 0 or n_frames == 0:
             return positions.new_zeros(n_frames), [
-                positions.new_zeros(n_frames, *(t.shape[1:] if k < 2 else t.shape)) if on else None
+                positions.new_zeros(n_frames, *(t.shape[1:] if self._has_frames(k) else t.shape))
+                if on
+                else None
                 for k, (t, on) in enumerate(zip(inputs, wanted, strict=True))
             ]
         by_frame = n_frames >= 4
@@ -104,6 +110,18 @@ class TupleKernel:
         return energies.to(positions.dtype), [
             result if on else None for result, on in zip(results, wanted, strict=True)
         ]
+
+    def _has_frames(self, k: int) -> bool:
+        return k < 2 or k in self.framed
+
+    def _divided(self, particle: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Quantities of particles that all frames share, and those that differ."""
+        start = 2 + len(self.formula.item)
+        framed = [start + k in self.framed for k in range(len(particle))]
+        return (
+            [t for t, own in zip(particle, framed, strict=True) if not own],
+            [t for t, own in zip(particle, framed, strict=True) if own],
+        )
 
     def _split(self, tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
         """What belongs to items, to particles, and to all."""
@@ -139,9 +157,11 @@ class TupleKernel:
             return torch.zeros(n_blocks, *shape, lanes, dtype=dtype or positions.dtype)
 
         items, particle, shared = self._split(inputs)
+        common, framed = self._divided(particle)
         arrays: dict[str, Tensor] = {
             "items": _columns(items, n_items, positions),
-            "particle": _columns(particle, n_particles, positions),
+            "particle": _columns(common, n_particles, positions),
+            "framed": blocks(torch.stack(framed, dim=-1)) if framed else new(0),
             "numbers": self._numbers(loop, shared, positions),
             "positions": blocks(positions),
             "sums": new(10 + len(shared), dtype=torch.float64),
@@ -162,7 +182,11 @@ class TupleKernel:
                 names, (items, particle, shared), self._split(directions), strict=True
             ):
                 columns = [
-                    positions.new_zeros(n_frames, *t.shape) if d is None else d
+                    positions.new_zeros(n_frames, t.shape[-1] if t.ndim else 1).reshape(
+                        n_frames, *t.shape[-1:]
+                    )
+                    if d is None
+                    else d
                     for t, d in zip(of, moves, strict=True)
                 ]
                 arrays[name] = blocks(torch.stack(columns, dim=-1)) if columns else new(0)
@@ -222,17 +246,19 @@ class TupleKernel:
             shaped = padded.reshape(n_blocks, lanes, -1).transpose(0, 2, 1)
             self._padded[lanes] = torch.from_numpy(np.ascontiguousarray(shaped))
         items, particle, shared = self._split(inputs)
+        common, framed = self._divided(particle)
         n_threads = max(1, min(torch.get_num_threads(), n_items // _ITEMS_PER_THREAD))
         bounds = [n_blocks * k // n_threads for k in range(n_threads + 1)]
         fixed = {
             "items": blocks(items),
-            "particle": _columns(particle, n_particles, positions),
+            "particle": _columns(common, n_particles, positions),
             "numbers": self._numbers(loop, shared, positions),
         }
         frames = []
         for f in range(n_frames):
             arrays = dict(fixed)
             arrays["positions"] = positions[f].contiguous()
+            arrays["framed"] = _columns([t[f] for t in framed], n_particles, positions)
             cells = [box[f].reshape(-1)]
             if directions is not None:
                 moves = [None if d is None else d[f] for d in directions]
@@ -241,8 +267,12 @@ class TupleKernel:
                 cells += [torch.zeros_like(cells[0]) if moves[1] is None else moves[1].reshape(-1)]
                 of_item, of_particle, of_all = self._split(moves)
                 arrays["item_moves"] = blocks(_given(items, of_item))
+                own = [
+                    t[f] if self._has_frames(2 + len(items) + k) else t
+                    for k, t in enumerate(particle)
+                ]
                 arrays["particle_moves"] = _columns(
-                    _given(particle, of_particle), n_particles, positions
+                    _given(own, of_particle), n_particles, positions
                 )
                 arrays["shared_moves"] = _vector(_given(shared, of_all), positions)
             if self.periodic:

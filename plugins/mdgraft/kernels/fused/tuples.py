@@ -48,6 +48,8 @@ class TupleFormula:
     particle
         Names of the quantities that each particle has; a formula sees them as a tuple, one for
         each of the item's particles.
+    framed
+        Those among them that differ between frames.
     shared
         Names of quantities that all items share.
     constants
@@ -63,6 +65,7 @@ class TupleFormula:
     edges: tuple[tuple[int, int], ...]
     item: tuple[str, ...]
     particle: tuple[str, ...] = ()
+    framed: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     energy: Callable[[Graph, Sequence[Vector], Mapping[str, Any]], Node]
@@ -163,7 +166,8 @@ def compiled_tuples(
 #: box                 (blocks, 3 k, W)      (3 k,)
 #: positions           (blocks, N, k, W)     (N, k)
 #: items               (items, n)            (blocks, n, W)
-#: particle            (N, m)                (N, m)
+#: particle            (N, m)                (N, m)                         not framed
+#: framed              (blocks, N, m, W)     (N, m)                         framed ones
 #: shared_moves        (blocks, S, W)        (S,)                           second order only
 #: item_moves          (blocks, items, n, W) (blocks, n, W)                 second order only
 #: particle_moves      (blocks, N, m, W)     (N, m)                         second order only
@@ -179,6 +183,7 @@ ARRAYS = (
     "positions",
     "items",
     "particle",
+    "framed",
     "shared_moves",
     "item_moves",
     "particle_moves",
@@ -436,8 +441,14 @@ class _Emitter:
         return self._gathered(array, member, n, k)
 
     def _quantity(self, member: Any, k: int) -> Value:
-        """A quantity of a particle that is the same in all frames."""
-        array, n = self.array["particle"], len(self.formula.particle)
+        """A quantity of a particle."""
+        formula = self.formula
+        common = [name for name in formula.particle if name not in formula.framed]
+        name = formula.particle[k]
+        if name in formula.framed:
+            own = [name for name in formula.particle if name in formula.framed]
+            return self._moved(self.array["framed"], member, len(own), own.index(name))
+        array, n, k = self.array["particle"], len(common), common.index(name)
         if self.by_frame:
             return self.emitter.broadcast(self.code.at(array, self.code.place(member, n, k)))
         return self._gathered(array, member, n, k)

@@ -19,6 +19,9 @@ from mdgraft.potentials.nonbonded import Method
 if TYPE_CHECKING:
     from mdgraft.kernels.fused.pair_kernel import PairKernel
 
+#: Longer expressions take many seconds to compile.
+_MOST_STEPS = 500
+
 #: ``(positions, box, particle quantities, shared ones, switching distance) -> energies``.
 PlainSum = Callable[
     [Tensor, "Tensor | None", Mapping[str, Tensor], Mapping[str, Tensor], "Tensor | None"], Tensor
@@ -71,7 +74,8 @@ class CompiledPairs:
         self._n_particles = n_particles
         # An array: inside a torch.func transform tensors do not show theirs.
         self._exclusions = exclusions.cpu().numpy()
-        self._description = describe(expression.program, names)
+        long = len(expression.program.steps) > _MOST_STEPS
+        self._description = None if long else describe(expression.program, names)
         self._ordered = ""
         if self._description is not None:
             exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
@@ -141,7 +145,9 @@ class CompiledPairs:
             self._kernels[dtype] = kernel
         return kernel
 
-    def _reference(self, plain: PlainSum, positions: Tensor, box: Tensor, *inputs: Tensor) -> Tensor:
+    def _reference(
+        self, plain: PlainSum, positions: Tensor, box: Tensor, *inputs: Tensor
+    ) -> Tensor:
         """The plain sum of the kernel's inputs."""
         particle = dict(zip(self._particle, inputs, strict=False))
         rest = inputs[len(self._particle) + bool(self._ordered) :]
