@@ -57,6 +57,7 @@ def assert_agrees(
     )
     x = torch.tensor(host.positions)
     cell_tensor = None if h is None else torch.tensor(h)
+    assert_kernels_agree(potential, x, cell_tensor)
     if second:
         # Parameter differences leave the first one with the last parameters tried.
         host = OpenMMReference(system, host.positions, cell)
@@ -85,6 +86,40 @@ def assert_agrees(
     if consistent:
         check_potential(potential, x, cell_tensor, **options)
     return potential
+
+
+def assert_kernels_agree(potential, x, box=None, *, rtol=1e-9):
+    """Compiled kernels and plain torch give the same energies and first derivatives."""
+    names = [name for name, _ in potential.named_parameters()]
+    inputs = [x.clone().requires_grad_()]
+    if box is not None:
+        inputs.append(box.clone().requires_grad_())
+    wanted = [*inputs, *(p.requires_grad_() for p in potential.parameters())]
+
+    def derivatives():
+        energies = potential.energy_by_term(*inputs)
+        return {
+            name: (
+                energy.detach(),
+                torch.autograd.grad(energy, wanted, retain_graph=True, allow_unused=True),
+            )
+            for name, energy in energies.items()
+        }
+
+    compiled = derivatives()
+    with mdgraft.plain_kernels():
+        plain = derivatives()
+    for term, (energy, slopes) in compiled.items():
+        expected, references = plain[term]
+        torch.testing.assert_close(energy, expected, rtol=rtol, atol=rtol)
+        for name, slope, reference in zip(
+            ["positions", "box"][: len(inputs)] + names, slopes, references, strict=True
+        ):
+            if slope is None or reference is None or reference.numel() == 0:
+                continue
+            scale = float(reference.abs().max())
+            error = float((slope - reference).abs().max())
+            assert error <= rtol * max(scale, 1e-3), f"{term}: {name} differs by {error}"
 
 
 def reference_context(system):
