@@ -6,6 +6,8 @@ from mdgraft.ensembles.ensemble import Ensemble as Ensemble
 from mdgraft.ensembles.fluctuations import heat_capacity as heat_capacity
 from mdgraft.ensembles.fluctuations import isothermal_compressibility as isothermal_compressibility
 from mdgraft.ensembles.fluctuations import thermal_expansion as thermal_expansion
+from mdgraft.ensembles.frame_derivatives import FrameDerivatives as FrameDerivatives
+from mdgraft.ensembles.frame_derivatives import frame_derivatives as frame_derivatives
 from mdgraft.ensembles.observables import Density as Density
 from mdgraft.ensembles.observables import Enthalpy as Enthalpy
 from mdgraft.ensembles.observables import PotentialEnergy as PotentialEnergy

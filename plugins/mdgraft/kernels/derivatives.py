@@ -289,8 +289,10 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        tensors, tangents = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        moves, turns = grad_inputs[3 : 3 + ctx.n], grad_inputs[3 + ctx.n :]
+        saved = _innermost(ctx.saved_tensors)
+        tensors, tangents = saved[: ctx.n], saved[ctx.n :]
+        given = _innermost(grad_inputs[3:])
+        moves, turns = given[: ctx.n], given[ctx.n :]
         n_frames = tensors[0].shape[0]
         moved = tuple(move is not None for move in moves)
         products = _product(ctx.call, moved, tensors, tangents)
@@ -342,7 +344,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, ...]:
-        tensors, tangents = ctx.saved_tensors, grad_inputs[2:]
+        tensors, tangents = ctx.saved_tensors, _innermost(grad_inputs[2:])
         n_frames = tensors[0].shape[0]
         directions = [
             t.new_zeros(0) if tangent is None else _by_frame(tangent, framed, n_frames)
@@ -404,10 +406,12 @@ class _Product(torch.autograd.Function):
         ]
         change = _product(ctx.call, ctx.wanted, tensors, turned)
         if any(move is not None for move in moves):
+            tensors, directions = _innermost(tensors), _innermost(directions)
+            change = _product(ctx.call, ctx.wanted, tensors, _innermost(turned))
             n_frames = tensors[0].shape[0]
             moved = [
                 t.new_zeros(0) if move is None else _by_frame(move, framed, n_frames)
-                for t, move, framed in zip(tensors, moves, ctx.call.framed, strict=True)
+                for t, move, framed in zip(tensors, _innermost(moves), ctx.call.framed, strict=True)
             ]
             apply: Any = _Turn.apply
             more = apply(ctx.call, ctx.wanted, n, *tensors, *directions, *moved)
@@ -450,6 +454,36 @@ def _shared(
     return found
 
 
+class _Innermost(torch.autograd.Function):
+    """The identity, with no tangent of an outer ``jvp``, which plain operations would drop."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        raise UnsupportedDerivativeError(
+            "kernels have up to two derivatives in forward mode; take others by torch.func.grad or "
+            "jacrev instead of jvp or jacfwd, or evaluate inside `with mdgraft.plain_kernels():`"
+        )
+
+
+def _innermost(tensors: Sequence[Tensor | None]) -> list[Any]:
+    apply: Any = _Innermost.apply
+    return [None if tensor is None else apply(tensor) for tensor in tensors]
+
+
 class _Turn(torch.autograd.Function):
     """Third derivatives times two directions: ``(call, wanted, n, *inputs, *first, *second)``.
 
@@ -487,11 +521,7 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
-        raise UnsupportedDerivativeError(
-            "compiled kernels have fourth derivatives in reverse mode only; evaluate this one "
-            "inside `with mdgraft.plain_kernels():`, or use torch.func.grad or jacrev instead of "
-            "jvp or jacfwd for the outermost derivative"
-        )
+        return _Innermost.jvp(ctx)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:

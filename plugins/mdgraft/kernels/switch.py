@@ -56,5 +56,21 @@ def compiled_kernels(tensor: Tensor, *, n_particles: int | None = None) -> bool:
         return False
     if tensor.dtype not in (torch.float32, torch.float64):
         return False
+    if _nested_derivatives() > 2:
+        # Kernels would hand these on to plain operations, and not in every order of modes.
+        return False
     # Graphs that torch records must consist of operations that it knows.
     return not (torch._C._get_tracing_state() is not None or torch.compiler.is_compiling())
+
+
+def _nested_derivatives() -> int:
+    """How many derivatives of `torch.func` are being taken at once."""
+    try:
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        return sum(str(level.key()) in _DERIVATIVES for level in stack)
+    except AttributeError:
+        # Not a public function: without it, kernels raise where they cannot help.
+        return 0
+
+
+_DERIVATIVES = ("TransformType.Grad", "TransformType.Jvp")
