@@ -24,3 +24,6 @@ from mdgraft.ensembles.statistics import decorrelate as decorrelate
 from mdgraft.ensembles.statistics import detect_equilibration as detect_equilibration
 from mdgraft.ensembles.statistics import standard_error as standard_error
 from mdgraft.ensembles.statistics import statistical_inefficiency as statistical_inefficiency
+from mdgraft.ensembles.sufficient_statistics import (
+    SufficientStatistics as SufficientStatistics,
+)
