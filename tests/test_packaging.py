@@ -259,7 +259,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 # Recipe ---------------------------------------------------------------------------------------
 
-CONDA_NAMES = {"torch": "pytorch", "vesin": "python-vesin", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 
 
 def conda(requirement: str) -> str:

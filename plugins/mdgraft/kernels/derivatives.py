@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -620,3 +621,9 @@ def _batch(
     if not several:
         return outputs[0]
     return tuple(t for t, _ in outputs), tuple(dim for _, dim in outputs)
+
+
+for _function in (_Energy, _Slope, _Gradient, _Product, _Innermost, _Turn):
+    # Torch asks for the signature in every call, which takes longer than a small kernel.
+    _forward: Any = _function.forward
+    _forward.__signature__ = inspect.signature(_forward)

@@ -7,10 +7,9 @@ import functools
 
 import numpy as np
 import torch
-import vesin
 from torch import Tensor
 
-from mdgraft._errors import BoxTooSmallError
+from mdgraft._errors import BoxTooSmallError, InvalidInputError
 from mdgraft.kernels.observe import observe
 from mdgraft.kernels.periodic import minimum_image
 
@@ -158,16 +157,16 @@ def close_pairs(
         require_room(box, cutoff)
     if len(positions) < 2:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    # Starting threads costs more than they save on a small system.
-    n_threads = torch.get_num_threads() if len(positions) > 5000 else 1
-    search = vesin.NeighborList(cutoff=cutoff, full_list=False, n_threads=n_threads)
-    i, j = search.compute(
-        points=np.ascontiguousarray(positions),
-        box=np.zeros((3, 3)) if box is None else np.ascontiguousarray(box),
-        periodic=box is not None,
-        quantities="ij",
-    )
-    return i.astype(np.int64), j.astype(np.int64)
+    if not np.isfinite(positions).all():
+        lost = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
+        raise InvalidInputError(
+            f"positions: those of particle {lost} are {positions[lost].tolist()} nm, not finite "
+            "numbers; look for the first step or frame in which this happens"
+        )
+    # The compiler takes a moment to be imported.
+    from mdgraft.kernels.fused.half_list import half_list
+
+    return half_list(positions, box, cutoff, n_threads=torch.get_num_threads())
 
 
 def require_room(box: np.ndarray, cutoff: float) -> None:

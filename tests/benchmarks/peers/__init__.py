@@ -21,7 +21,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "jaxmd": ("jax-md",),
     # Its forces need nothing that it depends on, which is large.
     "torchmd": ("--no-deps", "torchmd"),
-    "torchpme": ("torch-pme",),
+    "torchpme": ("torch-pme", "vesin"),
 }
 
 

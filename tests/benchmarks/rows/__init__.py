@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from timing import Result, Settings
 
-from rows import frames, growth, single, startup, water
+from rows import frames, growth, single, startup, trajectory, water
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ ROWS: dict[str, Row] = {
     "alanine-frames": Row(frames.alanine_frames),
     "water-ensemble": Row(water.water_ensemble),
     "finite-differences": Row(water.finite_differences),
+    "verlet": Row(trajectory.verlet),
+    "lists": Row(trajectory.lists, per_dtype=False),
     "growth": Row(growth.growth),
     "startup": Row(startup.startup, per_dtype=False),
 }

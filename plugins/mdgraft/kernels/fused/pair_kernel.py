@@ -190,6 +190,12 @@ class PairKernel:
             if cell is not None:
                 require_room(cell, self.cutoff)
             here = np.ascontiguousarray(places[f], dtype=np.float64)
+            if not np.isfinite(here).all():
+                # A lost particle is close to nobody, which must not look like a good energy.
+                for result in (energies, *results):
+                    if result is not None:
+                        result[f] = torch.nan
+                continue
             tiles = self._tiles(here, cell, loop.lanes, several=n_frames > 1)
             moves = None
             if directions is not None:
@@ -220,26 +226,32 @@ class PairKernel:
     ) -> TileList:
         known = self._known.get(lanes)
         moved = np.inf
+        # Where a list was made decides how sums are rounded.
+        exact = torch.are_deterministic_algorithms_enabled()
         if known is not None and len(known.positions) == len(positions):
-            if self.cutoff == np.inf:
+            if self.cutoff == np.inf and not exact:
                 return known.tiles
             if _same(known.box, box):
                 moved = float(_largest_move(positions, known.positions)) ** 0.5
                 # Half a skin each; exactly the cutoff may be within.
-                if 2 * moved <= known.skin:
+                if moved == known.skin == 0 or (2 * moved <= known.skin and not exact):
                     return known.tiles
         skin = 0.0
         # A skin pays if it lasts: not for frames that have little to do with each other.
         if (
-            not several
+            not (several or exact)
             and self.cutoff < np.inf
             and (known is None or 6 * moved <= SKIN * self.cutoff)
         ):
             skin = SKIN * self.cutoff
-        if torch.are_deterministic_algorithms_enabled():
-            # Where a list was made decides how sums are rounded.
-            skin = 0.0
-        tiles = tile_list(positions, box, self.cutoff + skin, self.exclusions, lanes)
+        tiles = tile_list(
+            positions,
+            box,
+            self.cutoff + skin,
+            self.exclusions,
+            lanes,
+            n_threads=torch.get_num_threads(),
+        )
         self._known[lanes] = _Known(
             tiles, positions.copy(), None if box is None else box.copy(), skin
         )
