@@ -11,19 +11,16 @@ from torch import Tensor
 
 from mdgraft.kernels.derivatives import Inputs, PerFrame
 from mdgraft.kernels.fused.clusters import Exclusions, TileList, tile_list
+from mdgraft.kernels.fused.frame_pass import Gathered, Layer, frame_pass
 from mdgraft.kernels.fused.graph import Series
 from mdgraft.kernels.fused.pairs_by_frame import FEWEST, LARGEST, pairs_by_frame
 from mdgraft.kernels.fused.spreading import compiled
-from mdgraft.kernels.fused.threads import run_chunks
 from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
 from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 from mdgraft.kernels.pairs import require_room
 
 #: Lists are made for a cutoff that is longer by this fraction.
 SKIN = 0.1
-#: Fewer tiles than this are not worth a thread of their own.
-_TILES_PER_THREAD = 2000
-
 #: ``(series, numbers by name) -> (factor, shift, coefficients...)``.
 Table = Callable[[Series], np.ndarray]
 
@@ -109,12 +106,6 @@ class PairKernel:
             return few.products(inputs, directions, wanted)
         return self._run(inputs, self._task(wanted, second=True), directions, wanted)[1]
 
-    def _tables(self, loop: Loop) -> list[np.ndarray]:
-        if not loop.series:
-            return []
-        assert self._table is not None
-        return [self._table(series) for series in loop.series]
-
     def _by_frame(self, inputs: Inputs) -> TupleKernel | None:
         """Another kernel, for many frames of few particles."""
         n_frames, n_particles = inputs[0].shape[:2]
@@ -160,66 +151,91 @@ class PairKernel:
         directions: Sequence[Tensor | None] | None,
         wanted: Sequence[bool] = (),
     ) -> tuple[Tensor, PerFrame]:
-        positions, box, *parameters = inputs
+        positions, box = inputs[:2]
         n_frames, n_particles = positions.shape[:2]
-        n_particle = len(self.formula.particle)
-        energies = positions.new_zeros(n_frames)
-        results: PerFrame = (
-            [
-                positions.new_zeros(
-                    n_frames, *(t.shape[1:] if k < 2 or k in self.framed else t.shape)
-                )
-                if on
-                else None
-                for k, (t, on) in enumerate(zip(inputs, wanted, strict=True))
-            ]
-            if wanted
-            else []
-        )
-        if n_particles < 2 or n_frames == 0:
-            return energies, results
-        dtype = positions.dtype if positions.dtype == torch.float64 else torch.float32
+        m, periodic = len(self.formula.particle), box.shape[1] == 3
+        dtype = positions.dtype
         loop = compiled_loop(self.formula, task, dtype == torch.float64)
-        own = [_array(p, dtype) for p in parameters[:n_particle]]
-        shared = [float(p) for p in parameters[n_particle:]]
-        periodic = box.shape[1] == 3
-        places = positions.detach().numpy()
-        cells = box.detach().double().numpy()
+        sums = np.zeros((n_frames, loop.n_sums))
+        slopes = torch.empty(n_frames, n_particles if task.positions else 0, 3, dtype=dtype)
+        strains = torch.zeros(n_frames, 3 if periodic else 0, 3, dtype=dtype)
+        particle = torch.empty(n_frames, m if task.particle else 0, n_particles, dtype=dtype)
+        own = self._quantities(inputs[2 : 2 + m], n_frames, n_particles, dtype)
+        moving = None
+        if directions is not None:
+            pairs = zip(directions[2 : 2 + m], inputs[2 : 2 + m], strict=True)
+            moves = [torch.zeros_like(t) if d is None else d for d, t in pairs]
+            moving = self._quantities(moves, n_frames, n_particles, dtype)
+        places, cells = positions.double().numpy(), box.double().numpy()
         for f in range(n_frames):
             cell = cells[f] if periodic else None
             if cell is not None:
                 require_room(cell, self.cutoff)
-            here = np.ascontiguousarray(places[f], dtype=np.float64)
-            if not np.isfinite(here).all():
+            here = np.ascontiguousarray(places[f])
+            found = Gathered(slopes=slopes[f].numpy(), particle=particle[f].numpy())
+            if n_particles < 2 or not np.isfinite(here).all():
                 # A lost particle is close to nobody, which must not look like a good energy.
-                for result in (energies, *results):
-                    if result is not None:
-                        result[f] = torch.nan
+                empty = 0.0 if np.isfinite(here).all() else np.nan
+                for array in (sums[f], found.slopes, found.particle, strains[f].numpy()):
+                    array.fill(empty)
                 continue
             tiles = self._tiles(here, cell, loop.lanes, several=n_frames > 1)
-            moves = None
-            if directions is not None:
-                moves = [None if d is None else d[f].detach() for d in directions]
-            mine = [q[f] if 2 + k in self.framed else q for k, q in enumerate(own)]
-            energy, slopes, change, particle, common = self._frame(
-                loop, task, tiles, here, cell, mine, shared, moves, dtype
-            )
-            if not task.second:
-                energies[f] = energy
-            if not wanted:
-                continue
-            for k, (result, on) in enumerate(zip(results, wanted, strict=True)):
-                if result is None or not on or result.numel() == 0:
-                    continue
-                if k == 0:
-                    result[f] = torch.from_numpy(slopes)
-                elif k == 1:
-                    result[f] = torch.from_numpy(change)
-                elif k < 2 + n_particle:
-                    result[f] = torch.from_numpy(particle[:, k - 2])
-                else:
-                    result[f] = float(common[k - 2 - n_particle])
-        return energies, results
+            shape = np.zeros((3, 3)) if cell is None else cell
+            layers = [Layer(positions=here, box=shape, particle=own[f])]
+            if directions is not None and moving is not None:
+                step, turn = directions[:2]
+                layers.append(
+                    Layer(
+                        positions=np.zeros_like(here) if step is None else _double(step[f]),
+                        box=np.zeros((3, 3)) if turn is None or cell is None else _double(turn[f]),
+                        particle=moving[f],
+                    )
+                )
+            numbers = self._numbers(loop, inputs[2 + m :], directions, f, places.dtype)
+            kind = np.float64 if dtype == torch.float64 else np.float32
+            sums[f], change = frame_pass(loop, tiles, layers, numbers.astype(kind), found)
+            if periodic:
+                strains[f] = torch.from_numpy(change)
+        energies = positions.new_zeros(n_frames) if task.second else torch.from_numpy(sums[:, 0])
+        shared = torch.from_numpy(sums[:, 0 if task.second else 1 :]).to(dtype)
+        n_shared = len(inputs) - 2 - m
+        available: PerFrame = [slopes, strains]
+        available += [particle[:, k] for k in range(m)] if task.particle else [None] * m
+        available += shared.unbind(-1) if task.shared else [None] * n_shared
+        results = [a if on else None for a, on in zip(available, wanted, strict=False)]
+        return energies.to(dtype), results
+
+    def _quantities(
+        self, tensors: Sequence[Tensor], n_frames: int, n_particles: int, dtype: torch.dtype
+    ) -> Sequence[np.ndarray]:
+        """Quantities of particles ``(m, N)`` of each frame."""
+        if not tensors:
+            return [np.zeros((0, n_particles), dtype=np.float32)] * n_frames
+        if not any(t.ndim > 1 for t in tensors):
+            return [torch.stack([t.to(dtype) for t in tensors]).numpy()] * n_frames
+        spread = [t.to(dtype).expand(n_frames, n_particles) for t in tensors]
+        result: np.ndarray = torch.stack(spread, dim=1).numpy()
+        return list(result)
+
+    def _numbers(
+        self,
+        loop: Loop,
+        shared: Sequence[Tensor],
+        directions: Sequence[Tensor | None] | None,
+        f: int,
+        kind: np.dtype,
+    ) -> np.ndarray:
+        """What all pairs share, in the order of the loop."""
+        numbers = [self.cutoff**2, *(float(s) for s in shared)]
+        if directions is not None:
+            moves = directions[2 + len(self.formula.particle) :]
+            numbers += [0.0 if d is None else float(d[f]) for d in moves]
+        numbers += [self.constants[name] for name in self.formula.constants]
+        tables = []
+        if loop.series:
+            assert self._table is not None
+            tables = [self._table(series) for series in loop.series]
+        return np.concatenate([np.array(numbers, dtype=kind), *tables])
 
     def _tiles(
         self, positions: np.ndarray, box: np.ndarray | None, lanes: int, *, several: bool
@@ -257,101 +273,14 @@ class PairKernel:
         )
         return tiles
 
-    def _frame(
-        self,
-        loop: Loop,
-        task: Task,
-        tiles: TileList,
-        positions: np.ndarray,
-        box: np.ndarray | None,
-        own: Sequence[np.ndarray],
-        shared: Sequence[float],
-        moves: Sequence[Tensor | None] | None,
-        dtype: torch.dtype,
-    ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Energy, slopes, derivative in the box, in the particles' and in shared quantities."""
-        n, lanes = len(positions), loop.lanes
-        cell = np.zeros((3, 3)) if box is None else box
-        columns = [positions, cell, *own]
-        numbers: list[float] = [self.cutoff**2, *shared]
-        shifts = tiles.images @ cell
-        n_own = len(own)
-        turn = np.zeros((3, 3))
-        if task.second:
-            assert moves is not None
-            change = np.zeros((n, 3)) if moves[0] is None else moves[0].double().numpy()
-            if moves[1] is not None and box is not None:
-                turn = moves[1].double().numpy()
-            more = [
-                np.zeros_like(a) if d is None else _array(d, dtype)
-                for a, d in zip(own, moves[2 : 2 + n_own], strict=True)
-            ]
-            numbers += [0.0 if d is None else float(d) for d in moves[2 + n_own :]]
-            shifts = np.concatenate([shifts, tiles.images @ turn], axis=1)
-        numbers += [self.constants[name] for name in self.formula.constants]
-        table = np.concatenate([np.array(numbers), *self._tables(loop)])
-        data = torch.empty(tiles.n_clusters, loop.n_inputs, lanes, dtype=dtype).numpy()
-        _fill_positions(data, 0, tiles.order, np.ascontiguousarray(columns[0]), tiles.wraps, cell)
-        for k, quantity in enumerate(own):
-            _fill(data, 3 + k, tiles.order, quantity)
-        if task.second:
-            start = 3 + n_own
-            _fill_positions(
-                data, start, tiles.order, np.ascontiguousarray(change), tiles.wraps, turn
-            )
-            for k, quantity in enumerate(more):
-                _fill(data, start + 3 + k, tiles.order, quantity)
-        n_threads = max(1, min(torch.get_num_threads(), len(tiles.tiles) // _TILES_PER_THREAD))
-        bounds = _even_rows(tiles.rows, n_threads)
-        out = torch.zeros(n_threads, tiles.n_clusters, loop.n_outputs, lanes, dtype=dtype).numpy()
-        n_shifts = len(tiles.images)
-        sums = np.zeros((n_threads, loop.n_sums + 3 * n_shifts))
-        kind = data.dtype
-        table, moved = table.astype(kind), np.ascontiguousarray(shifts, dtype=kind)
 
-        def work(k: int) -> None:
-            loop.function(
-                int(bounds[k]),
-                int(bounds[k + 1]),
-                tiles.rows.ctypes.data,
-                tiles.tiles.ctypes.data,
-                tiles.masks.ctypes.data,
-                table.ctypes.data,
-                moved.ctypes.data,
-                data.ctypes.data,
-                out[k].ctypes.data,
-                sums[k].ctypes.data,
-            )
-
-        run_chunks(work, n_threads)
-        total = sums.sum(axis=0)
-        start = 0 if task.second else 1
-        collected = _collect(out, tiles.order, n)
-        slopes = np.ascontiguousarray(collected[:, :3]) if task.positions else collected
-        change_of_box = np.zeros((3, 3))
-        if task.positions and box is not None:
-            of_shifts = total[loop.n_sums :].reshape(n_shifts, 3)
-            change_of_box = tiles.images.T @ of_shifts - tiles.wraps.T @ slopes
-        particle = collected[:, 3 if task.positions else 0 :]
-        energy = 0.0 if task.second else float(total[0])
-        return energy, slopes, change_of_box, particle, total[start : loop.n_sums]
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    array: np.ndarray = tensor.detach().to(dtype).contiguous().numpy()
+def _double(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.double().contiguous().numpy()
     return array
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
-
-
-def _even_rows(rows: np.ndarray, n: int) -> np.ndarray:
-    """Where to cut rows so that each part has about as many tiles."""
-    ends = rows[:, 4]
-    last = ends[-1] if len(ends) else 0
-    cuts = np.searchsorted(ends, last * np.arange(1, n) / n)
-    return np.concatenate([[0], cuts, [len(rows)]])
 
 
 @compiled
@@ -363,47 +292,3 @@ def _largest_move(a: np.ndarray, b: np.ndarray) -> float:
             square += (a[i, k] - b[i, k]) ** 2
         largest = max(largest, square)
     return largest
-
-
-@compiled
-def _fill_positions(
-    data: np.ndarray,
-    row: int,
-    order: np.ndarray,
-    positions: np.ndarray,
-    wraps: np.ndarray,
-    cell: np.ndarray,
-) -> None:
-    lanes = data.shape[2]
-    for j in range(len(order)):
-        i = order[j]
-        c, lane = j // lanes, j % lanes
-        for k in range(3):
-            value = 0.0
-            if i >= 0:
-                value = positions[i, k]
-                for m in range(3):
-                    value -= wraps[i, m] * cell[m, k]
-            data[c, row + k, lane] = value
-
-
-@compiled
-def _fill(data: np.ndarray, row: int, order: np.ndarray, quantity: np.ndarray) -> None:
-    lanes = data.shape[2]
-    for j in range(len(order)):
-        i = order[j]
-        data[j // lanes, row, j % lanes] = quantity[i] if i >= 0 else 0
-
-
-@compiled
-def _collect(out: np.ndarray, order: np.ndarray, n: int) -> np.ndarray:
-    """Sum over threads, in the order of particles, ``(n, n_outputs)`` float64."""
-    n_outputs, lanes = out.shape[2], out.shape[3]
-    result = np.zeros((n, n_outputs))
-    for j in range(len(order)):
-        i = order[j]
-        if i >= 0:
-            for thread in range(out.shape[0]):
-                for k in range(n_outputs):
-                    result[i, k] += out[thread, j // lanes, k, j % lanes]
-    return result
