@@ -48,6 +48,25 @@ elif cuda:
     cuda += ", no device found"
 print(json.dumps({"version": torch.__version__, "cuda": cuda}))
 """
+_KERNELS = """
+import json, llvmlite, mdgraft, openmm, torch
+from mdgraft.kernels.fused import jit
+system, force = openmm.System(), openmm.NonbondedForce()
+system.addForce(force)
+for charge in (1.0, -1.0):
+    system.addParticle(1.0)
+    force.addParticle(charge, 0.3, 0.5)
+force.setNonbondedMethod(openmm.NonbondedForce.PME)
+system.setDefaultPeriodicBoxVectors([3, 0, 0], [0, 3, 0], [0, 0, 3])
+potential = mdgraft.graft(system).requires_grad_(False)
+x = torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.1, 0.0]], dtype=torch.float64)
+forces = potential.forces(x, 3 * torch.eye(3, dtype=x.dtype))
+with mdgraft.plain_kernels():
+    plain = potential.forces(x, 3 * torch.eye(3, dtype=x.dtype))
+assert torch.allclose(forces, plain, rtol=1e-9), (forces, plain)
+folder = jit.cache_folder()
+print(json.dumps({"llvmlite": llvmlite.__version__, "lanes": jit.lanes(4), "folder": str(folder)}))
+"""
 _OPENMM = """
 import json, openmm
 names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
@@ -173,6 +192,7 @@ def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
         optional = {name: pool.submit(_optional, name, timeout) for name in _OPTIONAL}
         findings.append(_torch(torch.result()))
         findings.append(_openmm(openmm.result()))
+        findings.append(_kernels(pool.submit(_run, _KERNELS, timeout).result()))
         offered = openmm.result().answer.get("platforms", [])
         failures = openmm.result().answer.get("failures", [])
         names = [*_KNOWN_PLATFORMS, *(n for n in offered if n not in _KNOWN_PLATFORMS)]
@@ -317,6 +337,15 @@ def _reason(name: str, failures: Sequence[str]) -> str:
             # "Error loading library <path>: <reason>"
             return f"did not load: {failure.rpartition(f'OpenMM{name}.')[2].partition(': ')[2]}"
     return "not part of this OpenMM"
+
+
+def _kernels(trial: _Trial) -> Finding:
+    name = "compiled kernels"
+    if not trial.ok:
+        remedy = "install numba again, or set MDGRAFT_KERNELS=plain to do without"
+        return Finding(name=name, status=BROKEN, detail=trial.error, remedy=remedy)
+    detail = "llvmlite {llvmlite}, vectors of {lanes} float32, kept in {folder}"
+    return Finding(name=name, status=WORKS, detail=detail.format(**trial.answer))
 
 
 def _torch_force(name: str, trial: _Trial) -> Finding:

@@ -327,3 +327,26 @@ print(float(mdgraft.graft(system).requires_grad_(False)(x, 1.2 * torch.eye(3, dt
     for file in kept:
         file.write_bytes(file.read_bytes()[:-7])
     assert run() == first
+
+
+def test_a_process_can_do_without():
+    code = """
+import sys, torch, mdgraft, openmm
+system, force = openmm.System(), openmm.NonbondedForce()
+system.addForce(force)
+for charge in (0.3, -0.3):
+    system.addParticle(1.0)
+    force.addParticle(charge, 0.3, 0.5)
+x = torch.tensor([[0.0, 0.0, 0.0], [0.3, 0.1, 0.0]], dtype=torch.float64)
+mdgraft.graft(system).requires_grad_(False)(x)
+print("numba" in sys.modules, "llvmlite" in sys.modules)
+"""
+    for setting, expected in (("plain", "False False"), ("", "True True")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MDGRAFT_KERNELS": setting},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.stdout.strip() == expected, done.stderr

@@ -27,6 +27,7 @@ def test_essentials_work_here(report: DoctorReport) -> None:
     details = {finding.name: finding.detail for finding in report.findings}
     assert version("torch") in details["PyTorch"]
     assert openmm.__version__ in details["OpenMM"]
+    assert report.status("compiled kernels") == "works"
 
 
 def test_every_platform_is_told_about(report: DoctorReport) -> None:
@@ -103,6 +104,15 @@ def test_broken_essentials_are_unhealthy(
     # Nothing can be said about platforms unless OpenMM starts.
     assert broken.status == "broken"
     assert "SIGABRT" in broken.detail
+
+
+def test_broken_kernels_have_a_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KERNELS", "raise ImportError('no llvmlite')")
+    monkeypatch.setattr(module, "_OPTIONAL", {})
+    found = doctor()
+    assert found.healthy
+    (broken,) = [f for f in found.findings if f.name == "compiled kernels"]
+    assert broken.status == "broken" and "MDGRAFT_KERNELS=plain" in broken.remedy
 
 
 def test_optional_parts_do_not_matter_for_health() -> None:

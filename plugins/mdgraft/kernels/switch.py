@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_PLAIN = contextvars.ContextVar("_PLAIN", default=False)
+_PLAIN = contextvars.ContextVar("_PLAIN", default=os.environ.get("MDGRAFT_KERNELS") == "plain")
 #: Below this number of particles compiling what users wrote takes longer than it saves.
 _SMALLEST = contextvars.ContextVar("_SMALLEST", default=24)
 _AVAILABLE = importlib.util.find_spec("numba") is not None
@@ -21,7 +22,8 @@ def plain_kernels() -> Iterator[None]:
     """Evaluate everything by plain torch operations inside this context.
 
     They are the reference for the compiled kernels, differentiable to every order and in every
-    mode, and several times slower.
+    mode, and several times slower. The environment variable ``MDGRAFT_KERNELS=plain`` does the
+    same for a whole process.
     """
     token = _PLAIN.set(True)
     try:
