@@ -8,6 +8,7 @@ derivatives share what they have in common when they are compiled into one loop.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeAlias
@@ -411,35 +412,80 @@ def gradient(root: Node, inputs: Sequence[Node]) -> list[Node]:
     return [tangents([root], {node: one})[0] for node in inputs]
 
 
+#: Branches that must be taken for something to matter: places of conditions, and which branch.
+_Path: TypeAlias = "frozenset[tuple[int, bool]]"
+
+
 def reverse_gradient(root: Node, inputs: Sequence[Node]) -> list[Node]:
     """Derivatives in many inputs: the chain rule, backwards.
 
-    Untaken branches of a selection get the derivative zero, which must not meet an infinite one:
-    write formulas whose branches are finite everywhere, or use `gradient`.
+    What reaches a node through branches of selections is kept by branch, and selected only where
+    other branches lead to the same node or at the inputs. So a branch that is not taken does not
+    matter, whatever its derivative, as in `tangents`.
     """
     graph = root.graph
     zero = graph.constant(0.0)
-    adjoint: dict[int, Node] = {root.index: graph.constant(1.0)}
+    found: dict[int, dict[_Path, Node]] = {root.index: {frozenset(): graph.constant(1.0)}}
+    conditions: dict[int, Node] = {}
     stop = {node.index for node in inputs}
     for node in reversed(topological([root])):
-        weight = adjoint.get(node.index)
-        if weight is None or weight is zero or node.index in stop:
+        if node.index not in found or node.operation in _CONSTANT or node.index in stop:
             continue
-        if node.operation in _CONSTANT:
-            continue
+        adjoints = _joined(found.pop(node.index), conditions)
+        parts: list[tuple[Node, _Path, Node]] = []
         if node.operation == "select":
-            condition, first, second = node.arguments
-            parts: list[tuple[Node, Node]] = [
-                (first, graph.select(condition, weight, 0.0)),
-                (second, graph.select(condition, 0.0, weight)),
-            ]
+            condition, *branches = node.arguments
+            conditions[condition.index] = condition
+            for argument, taken in zip(branches, (True, False), strict=True):
+                for path, weight in adjoints.items():
+                    if (condition.index, not taken) not in path:
+                        parts.append((argument, path | {(condition.index, taken)}, weight))
         else:
             partials = DERIVATIVES[node.operation](graph, node, node.arguments)
-            parts = [
-                (argument, weight * graph.node(partial))
-                for argument, partial in zip(node.arguments, partials, strict=True)
-            ]
-        for argument, part in parts:
-            known = adjoint.get(argument.index)
-            adjoint[argument.index] = part if known is None else known + part
-    return [adjoint.get(node.index, zero) for node in inputs]
+            for argument, partial in zip(node.arguments, partials, strict=True):
+                for path, weight in adjoints.items():
+                    parts.append((argument, path, weight * graph.node(partial)))
+        for argument, path, part in parts:
+            if part is not zero:
+                known = found.setdefault(argument.index, {})
+                known[path] = known[path] + part if path in known else part
+    result = []
+    for node in inputs:
+        total = zero
+        for path, part in _joined(found.get(node.index, {}), conditions).items():
+            total = total + _where(path, part, conditions)
+        result.append(total)
+    return result
+
+
+def _joined(parts: dict[_Path, Node], conditions: Mapping[int, Node]) -> dict[_Path, Node]:
+    """Adjoints by path, where those of a path within another and of both branches are one."""
+
+    def join() -> bool:
+        paths = sorted(parts, key=lambda path: (len(path), sorted(path)))
+        for wide, narrow in itertools.combinations(paths, 2):
+            (condition, taken), *more = sorted(narrow - wide) or [(0, False)]
+            if wide < narrow:
+                parts[wide] += _where(narrow - wide, parts.pop(narrow), conditions)
+            elif not more and wide - narrow == {(condition, not taken)}:
+                branches = (parts.pop(narrow), parts.pop(wide))
+                first, second = branches if taken else reversed(branches)
+                chosen = first.graph.select(conditions[condition], first, second)
+                both = wide & narrow
+                parts[both] = parts[both] + chosen if both in parts else chosen
+            else:
+                continue
+            return True
+        return False
+
+    while len(parts) > 1 and join():
+        pass
+    return parts
+
+
+def _where(path: _Path, part: Node, conditions: Mapping[int, Node]) -> Node:
+    """The part where these branches are taken, otherwise zero."""
+    for condition, taken in sorted(path):
+        branches = (part, 0.0) if taken else (0.0, part)
+        part = part.graph.select(conditions[condition], *branches)
+    return part

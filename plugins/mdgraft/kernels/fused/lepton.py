@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from mdgraft.kernels.fused.graph import Graph, Node
 from mdgraft.lepton.program import Program, Step
-from mdgraft.lepton.syntax import Constant, Variable
+from mdgraft.lepton.syntax import Call, Constant, Variable
 
 #: The steps of a program: ``("constant", number)``, ``("variable", name)``, or an operation and the
 #: places of its arguments.
@@ -49,7 +49,7 @@ def describe(program: Program, names: Mapping[str, str]) -> Description | None:
     program
         Of an expression.
     names
-        What its variables are called here.
+        What its variables, and geometric functions by their keys, are called here.
 
     Returns
     -------
@@ -63,6 +63,8 @@ def describe(program: Program, names: Mapping[str, str]) -> Description | None:
             steps.append(("constant", repr(step.value)))
         elif isinstance(step, Variable):
             steps.append(("variable", names[step.name]))
+        elif isinstance(step, Call) and step.key in names:
+            steps.append(("variable", names[step.key]))
         elif isinstance(step, Step) and not step.custom:
             steps.append((step.operation, *step.arguments))
         else:
@@ -160,7 +162,7 @@ def translate(
     description: Description,
     graph: Graph,
     values: Mapping[str, Node],
-    distance: Distance,
+    distance: Distance | None = None,
 ) -> Node:
     """The formula of an expression.
 
@@ -173,8 +175,10 @@ def translate(
     values
         Nodes of variables, except for ``r``.
     distance
-        The variable ``r``.
+        The variable ``r``, if there is one of that name.
     """
+    if distance is None:
+        distance = Distance(graph.constant(1.0), graph.constant(0.0))
     results: list[_Value] = []
     for operation, *arguments in description:
         if operation == "constant":

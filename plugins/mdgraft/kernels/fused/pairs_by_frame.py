@@ -42,7 +42,6 @@ def _as_items(formula: PairFormula, cutoff: bool) -> TupleFormula:
         shared=formula.shared,
         constants=("cutoff_squared", *formula.constants),
         energy=energy,
-        forward=True,
     )
 
 

@@ -30,7 +30,7 @@ class TupleKernel:
     formula
         The energy of an item.
     particles
-        ``(items, formula.n_particles)`` indices.
+        ``(items, formula.n_particles)`` indices, or ``(items,)`` of single particles.
     constants
         The formula's constants by name.
     table
@@ -56,7 +56,8 @@ class TupleKernel:
         self.formula = formula
         self.periodic = periodic
         self.reference = reference
-        self._particles = np.ascontiguousarray(particles, dtype=np.int32)
+        rows = particles.reshape(-1, formula.n_particles)
+        self._particles = np.ascontiguousarray(rows, dtype=np.int32)
         self._table = table
         start = 2 + len(formula.item)
         self.framed = tuple(
@@ -103,10 +104,17 @@ class TupleKernel:
             ]
         by_frame = n_frames >= 4
         loop = compiled_tuples(
-            formula, task, double=double, periodic=self.periodic, by_frame=by_frame
+            formula,
+            task,
+            double=double,
+            periodic=self.periodic,
+            by_frame=by_frame,
+            # As for sums over neighbours, where parameters take part only in the way back.
+            framed_only=bool(self.framed)
+            and not any(wanted[k] for k in range(2, quantities) if k not in self.framed),
         )
         run = self._by_frame if by_frame else self._by_item
-        energies, results = run(loop, task, inputs, directions)
+        energies, results = run(loop, task, inputs, directions, wanted)
         return energies.to(positions.dtype), [
             result if on else None for result, on in zip(results, wanted, strict=True)
         ]
@@ -136,7 +144,8 @@ class TupleKernel:
         task: Task,
         inputs: Inputs,
         directions: Sequence[Tensor | None] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, PerFrame]:
         function, lanes = loop.function, loop.lanes
         positions, box = inputs[0], inputs[1]
         n_frames, n_particles = positions.shape[:2]
@@ -152,6 +161,11 @@ class TupleKernel:
 
         def frames(tensor: Tensor) -> Tensor:
             return tensor.movedim(-1, 1).flatten(0, 1)[:n_frames]
+
+        def by_column(tensor: Tensor, among: Sequence[bool]) -> list[Tensor | None]:
+            """``(blocks, ..., columns, lanes)`` to ``(F, ...)`` for each column that is wanted."""
+            each = tensor.unbind(-2) if task.particle else [tensor] * len(among)
+            return [frames(t) if on else None for t, on in zip(each, among, strict=True)]
 
         def new(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
             return torch.zeros(n_blocks, *shape, lanes, dtype=dtype or positions.dtype)
@@ -203,15 +217,12 @@ class TupleKernel:
 
         run_chunks(work, n_threads)
         sums = frames(arrays["sums"])
-        results = [
-            frames(arrays["of_positions"]),
+        of_items, of_particles, _ = self._split(wanted)
+        results: PerFrame = [
+            frames(arrays["of_positions"]) if wanted[0] else None,
             sums[:, 1:10].reshape(-1, 3, 3).to(positions.dtype),
-            *(frames(arrays["of_items"]).unbind(-1) if task.particle else [None] * len(items)),
-            *(
-                frames(arrays["of_particles"]).unbind(-1)
-                if task.particle
-                else [None] * len(particle)
-            ),
+            *by_column(arrays["of_items"], of_items),
+            *by_column(arrays["of_particles"], of_particles),
             *sums[:, 10:].to(positions.dtype).unbind(-1),
         ]
         if not self.periodic:
@@ -226,7 +237,8 @@ class TupleKernel:
         task: Task,
         inputs: Inputs,
         directions: Sequence[Tensor | None] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, PerFrame]:
         function, lanes = loop.function, loop.lanes
         positions, box = inputs[0], inputs[1]
         n_frames, n_particles = positions.shape[:2]
@@ -303,7 +315,7 @@ class TupleKernel:
                 ]
             )
         energies, *results = (torch.stack(column) for column in zip(*frames, strict=True))
-        return energies, results
+        return energies, list(results)
 
     def _numbers(self, loop: TupleLoop, shared: Sequence[Tensor], like: Tensor) -> Tensor:
         fixed = [np.array(self._constants)]

@@ -21,7 +21,6 @@ from mdgraft.kernels.fused.graph import (
     Graph,
     Node,
     Series,
-    gradient,
     reverse_gradient,
     tangents,
     topological,
@@ -31,6 +30,8 @@ from mdgraft.kernels.fused.tiles import Task
 
 #: Three components.
 Vector: TypeAlias = "tuple[Node, Node, Node]"
+#: Where an edge begins that leads to a particle's position as it is.
+ORIGIN = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class TupleFormula:
     n_particles
         Particles of an item.
     edges
-        Pairs (from, to) of an item's particles; nearest images are taken of these vectors.
+        Pairs (from, to) of an item's particles; nearest images are taken of these vectors, but not
+        of those from `ORIGIN`.
     item
         Names of the quantities that each item has.
     particle
@@ -56,9 +58,6 @@ class TupleFormula:
         Names of numbers that are known when the code runs, without derivatives.
     energy
         ``(graph, edge vectors, quantities by name) -> energy``.
-    forward
-        Whether derivatives are taken forwards, which is safe for branches that are infinite where
-        they are not taken.
     """
 
     n_particles: int
@@ -69,7 +68,6 @@ class TupleFormula:
     shared: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     energy: Callable[[Graph, Sequence[Vector], Mapping[str, Any]], Node]
-    forward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ class _Formulas:
         return [*first, *self.edges, *self.item, *self.particle, *self.shared]
 
 
-def _formulas(formula: TupleFormula, task: Task) -> _Formulas:
+def _formulas(formula: TupleFormula, task: Task, *, framed_only: bool) -> _Formulas:
     """The energy of an item and those of its derivatives that the task names."""
     graph = Graph()
     vectors = [
@@ -113,8 +111,15 @@ def _formulas(formula: TupleFormula, task: Task) -> _Formulas:
         shared if task.shared else [],
     ]
     flat = [node for group in groups for node in group]
-    slopes = iter((gradient if formula.forward else reverse_gradient)(energy, flat))
+    slopes = iter(reverse_gradient(energy, flat))
     parts = [[next(slopes) for _ in group] for group in groups]
+    if framed_only and task.particle:
+        zero = graph.constant(0.0)
+        own = [
+            name in formula.framed for name in formula.particle for _ in range(formula.n_particles)
+        ]
+        parts[1] = [zero for _ in item]
+        parts[2] = [part if on else zero for part, on in zip(parts[2], own, strict=True)]
     if not task.second:
         return _Formulas(energy, *(tuple(part) for part in parts))
     everything = [*(c for v in vectors for c in v), *item, *shared]
@@ -144,12 +149,22 @@ class TupleLoop:
 
 @functools.lru_cache(maxsize=512)
 def compiled_tuples(
-    formula: TupleFormula, task: Task, *, double: bool, periodic: bool, by_frame: bool
+    formula: TupleFormula,
+    task: Task,
+    *,
+    double: bool,
+    periodic: bool,
+    by_frame: bool,
+    framed_only: bool = False,
 ) -> TupleLoop:
-    """The loop for a formula in one precision."""
+    """The loop for a formula in one precision.
+
+    If ``framed_only``, derivatives in quantities that all frames share are left at zero.
+    """
     scalar = ir.DoubleType() if double else ir.FloatType()
     lanes = max(4, jit.lanes(8 if double else 4))
-    emitter = _Emitter(formula, task, scalar, lanes, periodic=periodic, by_frame=by_frame)
+    formulas = _formulas(formula, task, framed_only=framed_only)
+    emitter = _Emitter(formula, task, formulas, scalar, lanes, periodic=periodic, by_frame=by_frame)
     types = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * len(ARRAYS)
     return TupleLoop(jit.compiled("tuples", emitter.emit(), types), lanes, emitter.series)
 
@@ -201,6 +216,7 @@ class _Emitter:
         self,
         formula: TupleFormula,
         task: Task,
+        formulas: _Formulas,
         scalar: Any,
         lanes: int,
         *,
@@ -209,7 +225,7 @@ class _Emitter:
     ) -> None:
         self.formula, self.task, self.scalar, self.lanes = formula, task, scalar, lanes
         self.periodic, self.by_frame = periodic, by_frame
-        self.formulas = _formulas(formula, task)
+        self.formulas = formulas
         self.size = 6 if task.second else 3
         self.series = tuple(
             dict.fromkeys(
@@ -342,13 +358,17 @@ class _Emitter:
                     values[f"d{name}_{p}"] = self._moved(
                         self.array["particle_moves"], member, len(formula.particle), k
                     )
-        images = []
+        images: list[list[Value]] = []
         for e, (start, end) in enumerate(formula.edges):
-            vector = [
-                builder.fsub(b, a, flags=FLAGS)
-                for a, b in zip(places[start], places[end], strict=True)
-            ]
-            images.append(self._nearest(vector))
+            if start == ORIGIN:
+                vector = places[end]
+                images.append([])
+            else:
+                vector = [
+                    builder.fsub(b, a, flags=FLAGS)
+                    for a, b in zip(places[start], places[end], strict=True)
+                ]
+                images.append(self._nearest(vector))
             for axis, component in zip(("x", "y", "z", "dx", "dy", "dz"), vector, strict=False):
                 values[f"{axis}{e}"] = component
         results = iter(self.emitter.formulas(self.formulas.roots, values))
@@ -392,6 +412,8 @@ class _Emitter:
         for e, (start, end) in enumerate(self.formula.edges):
             slope = slopes[3 * e : 3 * e + 3]
             for p, combine, negate in ((end, builder.fadd, False), (start, builder.fsub, True)):
+                if p == ORIGIN:
+                    continue
                 known = totals[p]
                 if known is None:
                     totals[p] = [builder.fneg(s) for s in slope] if negate else list(slope)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm
+from mdgraft.potentials.custom.compiled_items import CompiledItems
 from mdgraft.potentials.custom.points import measure
 from mdgraft.potentials.term import AbstractTerm
 
@@ -57,6 +58,20 @@ class CustomBonded(AbstractCustomTerm):
         self.energy = Expression(
             energy, variables=(self.variable, *parameters, *global_names), where=where
         )
+        n_particles = particles.shape[1]
+        self._compiled = CompiledItems(
+            self.energy,
+            item=tuple(parameters),
+            shared=self.global_names,
+            measures={self.variable: (self.coordinate, tuple(range(n_particles)))},
+            n_particles=n_particles,
+            periodic=periodic,
+        )
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return self._compiled.serve_frames(self.particles)
 
     def forward(
         self,
@@ -66,13 +81,22 @@ class CustomBonded(AbstractCustomTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
+        quantities = self.shared_values(global_values) | self.item_values(values)
+        if self._compiled.serve(positions, len(self.particles)):
+            return self._compiled.energy(positions, box, self.particles, quantities, self._plain)
+        return self._plain(positions, box, quantities, values)
+
+    def _plain(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        quantities: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Energy of each frame by plain torch operations."""
         coordinate = measure(self.coordinate, positions, box, self.particles)
-        variables = (
-            self.shared_values(global_values)
-            | self.item_values(values)
-            | {self.variable: coordinate}
-        )
-        return per_frame(self, self.energy(variables), coordinate, values)
+        energies = self.energy({**quantities, self.variable: coordinate})
+        return per_frame(self, energies, coordinate, values or {})
 
 
 def per_frame(

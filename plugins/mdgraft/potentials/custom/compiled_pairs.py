@@ -1,10 +1,10 @@
-"""The sum of an expression over all pairs, as a compiled loop."""
+"""Sums of an expression over all pairs, or over each particle's pairs, as compiled loops."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.fused.lepton import describe, symmetric
+from mdgraft.kernels.sums import particle_sums
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.lepton import Expression
 from mdgraft.potentials.nonbonded import Method
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from mdgraft.kernels.fused.pair_kernel import PairKernel
 
 #: Longer expressions take many seconds to compile.
-_MOST_STEPS = 500
+MOST_STEPS = 500
 
-#: ``(positions, box, particle quantities, shared ones, switching distance) -> energies``.
+#: ``(positions, box, particle quantities, shared ones, switching distance) -> energies``, or sums
+#: ``(frames, N)``.
 PlainSum = Callable[
     [Tensor, "Tensor | None", Mapping[str, Tensor], Mapping[str, Tensor], "Tensor | None"], Tensor
 ]
@@ -45,6 +47,11 @@ class CompiledPairs:
         ``(exclusions, 2)`` particle indices.
     n_particles
         Number of particles.
+    framed
+        Names of particle quantities that differ between frames.
+    gathered
+        Whether each particle sums over the pairs in which it is particle 1, instead of all pairs
+        being summed, once each.
     """
 
     def __init__(
@@ -58,6 +65,8 @@ class CompiledPairs:
         switched: bool,
         exclusions: Tensor,
         n_particles: int,
+        framed: Collection[str] = (),
+        gathered: bool = False,
     ) -> None:
         used = expression.variables
         self._particle = [name for name in particle if {f"{name}1", f"{name}2"} & used]
@@ -69,15 +78,16 @@ class CompiledPairs:
         # Quantities of particles hide shared ones.
         self._shared = [name for name in shared if name in used and name not in names]
         names |= {name: f"shared{k}" for k, name in enumerate(self._shared)}
-        self._method, self._switched = method, switched
+        self._framed = tuple(k for k, name in enumerate(self._particle) if name in framed)
+        self._method, self._switched, self._gathered = method, switched, gathered
         self._cutoff = math.inf if method is Method.NO_CUTOFF else cutoff
         self._n_particles = n_particles
         # An array: inside a torch.func transform tensors do not show theirs.
         self._exclusions = exclusions.cpu().numpy()
-        long = len(expression.program.steps) > _MOST_STEPS
+        long = len(expression.program.steps) > MOST_STEPS
         self._description = None if long else describe(expression.program, names)
         self._ordered = ""
-        if self._description is not None:
+        if self._description is not None and not gathered:
             exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
             if not symmetric(self._description, exchanged):
                 self._ordered = "lower" if method is Method.NO_CUTOFF else "higher"
@@ -87,10 +97,13 @@ class CompiledPairs:
         # Compiled code belongs to this process.
         return self.__dict__ | {"_kernels": {}}
 
-    def serve(self, positions: Tensor) -> bool:
-        """Whether the expression can be compiled, and these positions make it worth while."""
+    def serve(self, positions: Tensor, *, n_particles: int | None = None) -> bool:
+        """Whether the expression can be compiled, and these positions make it worth while.
+
+        It is as worth while as for ``n_particles`` particles; by default, for as many as there are.
+        """
         return self._description is not None and compiled_kernels(
-            positions, n_particles=self._n_particles
+            positions, n_particles=self._n_particles if n_particles is None else n_particles
         )
 
     def energy(
@@ -109,20 +122,44 @@ class CompiledPairs:
         positions, box
             ``(frames, N, 3)``, ``(frames, 3, 3)`` [nm].
         particle, shared
-            Quantities ``(N,)`` and ``()`` by name.
+            Quantities ``(N,)``, or ``(frames, N)``, and ``()`` by name.
         switching
             ``()`` [nm], or None.
         plain
             The same sum by torch operations.
         """
+        return self._evaluate(
+            differentiable_energy, positions, box, particle, shared, switching, plain
+        )
+
+    def sums(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        particle: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        plain: PlainSum,
+    ) -> Tensor:
+        """Sums ``(frames, N)`` at particle 1, of what is gathered; arguments as in `energy`."""
+        return self._evaluate(particle_sums, positions, box, particle, shared, None, plain)
+
+    def _evaluate(
+        self,
+        function: Callable[..., Tensor],
+        positions: Tensor,
+        box: Tensor | None,
+        particle: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        switching: Tensor | None,
+        plain: PlainSum,
+    ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
         if self._ordered:
             inputs.append(torch.arange(self._n_particles, dtype=positions.dtype))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
         cell = box if self._method.periodic else None
-        kernel = self._kernel(positions.dtype, plain)
-        return differentiable_energy(kernel, positions, cell, inputs)
+        return function(self._kernel(positions.dtype, plain), positions, cell, inputs)
 
     def _kernel(self, dtype: torch.dtype, plain: PlainSum) -> PairKernel:
         kernel = self._kernels.get(dtype)
@@ -136,6 +173,8 @@ class CompiledPairs:
                 n_shared=len(self._shared),
                 ordered=self._ordered,
                 switched=self._switched,
+                framed=self._framed,
+                gathered=self._gathered,
                 cutoff=self._cutoff,
                 exclusions=self._exclusions,
                 n_particles=self._n_particles,
@@ -146,11 +185,14 @@ class CompiledPairs:
         return kernel
 
     def _reference(
-        self, plain: PlainSum, positions: Tensor, box: Tensor, *inputs: Tensor
+        self, plain: PlainSum, positions: Tensor, box: Tensor, *quantities: Tensor
     ) -> Tensor:
         """The plain sum of the kernel's inputs."""
+        weight = quantities[0] if self._gathered else None
+        inputs = quantities[1:] if self._gathered else quantities
         particle = dict(zip(self._particle, inputs, strict=False))
         rest = inputs[len(self._particle) + bool(self._ordered) :]
         shared = dict(zip(self._shared, rest, strict=False))
         switching = rest[-1] if self._switched else None
-        return plain(positions, box if box.shape[1] else None, particle, shared, switching)
+        total = plain(positions, box if box.shape[1] else None, particle, shared, switching)
+        return total if weight is None else (weight * total).sum(dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables, parameter_keys
 from mdgraft.potentials.custom.bonds import per_frame
+from mdgraft.potentials.custom.compiled_items import CompiledItems
 from mdgraft.potentials.custom.points import (
     GEOMETRY,
     POINT_FUNCTIONS,
@@ -82,6 +83,28 @@ class CustomCompoundBond(AbstractCustomTerm):
             labels=self.labels,
             where=where,
         )
+        self._compiled = CompiledItems(
+            self.energy,
+            item=tuple(parameters),
+            shared=self.global_names,
+            measures={
+                call.key: (call.name, tuple(self.labels.index(a) for a in call.arguments))
+                for call in self.energy.calls
+            }
+            | {
+                f"{axis}{i}": (axis, (i - 1,))
+                for i in places
+                for axis in "xyz"
+                if f"{axis}{i}" in self.energy.variables
+            },
+            n_particles=particles.shape[1],
+            periodic=periodic,
+        )
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return self._compiled.serve_frames(self.particles)
 
     def centers(self, positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """The points that bonds connect, ``(frames, n, 3)``."""
@@ -96,14 +119,32 @@ class CustomCompoundBond(AbstractCustomTerm):
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
         points = self.centers(positions, values)
-        variables = self.shared_values(global_values) | self.item_values(values)
+        quantities = self.shared_values(global_values) | self.item_values(values)
+        if self._compiled.serve(positions, len(self.particles)):
+            total = self._compiled.energy(points, box, self.particles, quantities, self._plain)
+            for key in self.table_keys.values():
+                # Nothing uses them, so their derivatives are zero.
+                total = total + values[key].flatten()[:0].sum()
+            return total
+        return self._plain(points, box, quantities, values)
+
+    def _plain(
+        self,
+        points: Tensor,
+        box: Tensor | None,
+        quantities: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Energy of each frame by plain torch operations."""
+        variables = dict(quantities)
         variables |= coordinates(self.labels, points, self.particles, self.energy.variables)
         variables |= measure_calls(self.energy.calls, self.labels, points, box, self.particles)
-        functions = {name: point_function(name, box) for name in POINT_FUNCTIONS}
-        energies = self.energy(variables, self.functions(values) | functions, like=points)
+        functions = self.functions(values) if values else {}
+        functions |= {name: point_function(name, box) for name in POINT_FUNCTIONS}
+        energies = self.energy(variables, functions, like=points)
         example = points.new_zeros(points.shape[0], self.particles.shape[0])
         unused = 0.0 * points.sum(dim=(-2, -1))
-        return per_frame(self, energies, example, values) + unused
+        return per_frame(self, energies, example, values or {}) + unused
 
 
 class CustomCentroidBond(CustomCompoundBond):
@@ -173,6 +214,12 @@ class CustomCentroidBond(CustomCompoundBond):
         self.weight_key = parameter_keys([*taken, "group_weights"])[-1]
         if group_weights.numel():
             self.add_parameter(self.weight_key, group_weights, "dimensionless")
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        # Centres that differ between frames depend on weights.
+        return self.weight_key not in self.units and super().framewise
 
     def centers(self, positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Weighted centres of the groups, ``(frames, groups, 3)``."""

@@ -11,6 +11,7 @@ from mdgraft.kernels.periodic import volume
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm
 from mdgraft.potentials.custom.bonds import per_frame
+from mdgraft.potentials.custom.compiled_items import CompiledItems
 from mdgraft.potentials.custom.points import point_function
 
 
@@ -61,6 +62,19 @@ class CustomExternal(AbstractCustomTerm):
             functions={"periodicdistance": 6},
             where=where,
         )
+        self._compiled = CompiledItems(
+            self.energy,
+            item=tuple(parameters),
+            shared=self.global_names,
+            measures={axis: (axis, (0,)) for axis in "xyz"},
+            n_particles=1,
+            periodic=False,
+        )
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return self._compiled.serve_frames(self.particles)
 
     def forward(
         self,
@@ -70,13 +84,25 @@ class CustomExternal(AbstractCustomTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
+        quantities = self.shared_values(global_values) | self.item_values(values)
+        if self._compiled.serve(positions, len(self.particles)):
+            return self._compiled.energy(positions, None, self.particles, quantities, self._plain)
+        return self._plain(positions, box, quantities, values)
+
+    def _plain(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        quantities: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Energy of each frame by plain torch operations."""
         x, y, z = positions[:, self.particles].unbind(-1)
-        variables = self.shared_values(global_values) | self.item_values(values)
         energies = self.energy(
-            variables | {"x": x, "y": y, "z": z},
+            {**quantities, "x": x, "y": y, "z": z},
             {"periodicdistance": point_function("pointdistance", box)},
         )
-        return per_frame(self, energies, x, values)
+        return per_frame(self, energies, x, values or {})
 
 
 class CustomVolume(AbstractCustomTerm):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from mdgraft.kernels.derivatives import collecting
+from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pairs import exclusion_keys
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables
+from mdgraft.potentials.custom.compiled_pairs import CompiledPairs
 from mdgraft.potentials.custom.pairwise import (
     OrderedPairs,
     list_pairs,
@@ -19,6 +24,9 @@ from mdgraft.potentials.custom.pairwise import (
     particle_and_pair_names,
 )
 from mdgraft.potentials.nonbonded import Method
+
+#: Times frames, as many pairs as two particles of a system that is worth compiling for.
+_MANY_PAIRS = 4000
 
 
 class Computation(enum.Enum):
@@ -99,13 +107,19 @@ class CustomGB(AbstractCustomTerm):
         self.register_buffer("excluded", keys, persistent=False)
         self.register_buffer("not_excluded", keys.new_zeros(0), persistent=False)
         names = list(self.item_keys)
-        self._values: list[Expression] = []
-        self._energies: list[Expression] = []
-        for step in self.computed_values:
-            self._values.append(self._parse(step, names, f"{where}.{step.name}"))
-            names.append(step.name)
-        for k, step in enumerate(self.energy_terms):
-            self._energies.append(self._parse(step, names, f"{where}.energy_term_{k}"))
+        self._expressions: list[Expression] = []
+        #: One for each step, None for single particles.
+        self._compiled: list[CompiledPairs | None] = []
+        for k, step in enumerate(self._steps):
+            place = step.name or f"energy_term_{k - len(self.computed_values)}"
+            expression = self._parse(step, names, f"{where}.{place}")
+            self._expressions.append(expression)
+            self._compiled.append(self._compile(step, expression, names, exclusions))
+            names += [step.name] if step.name else []
+
+    @property
+    def _steps(self) -> tuple[Step, ...]:
+        return self.computed_values + self.energy_terms
 
     def _parse(self, step: Step, names: Sequence[str], where: str) -> Expression:
         if step.computation is Computation.SINGLE_PARTICLE:
@@ -119,6 +133,25 @@ class CustomGB(AbstractCustomTerm):
             where=where,
         )
 
+    def _compile(
+        self, step: Step, expression: Expression, names: Sequence[str], exclusions: Tensor
+    ) -> CompiledPairs | None:
+        if step.computation is Computation.SINGLE_PARTICLE:
+            return None
+        excluding = step.computation is Computation.PARTICLE_PAIR
+        return CompiledPairs(
+            expression,
+            particle=list(dict.fromkeys(names)),
+            shared=self.global_names,
+            method=self.method,
+            cutoff=self.cutoff,
+            switched=False,
+            exclusions=exclusions if excluding else exclusions[:0],
+            n_particles=self.n_particles,
+            framed={value.name for value in self.computed_values},
+            gathered=bool(step.name),
+        )
+
     def forward(
         self,
         positions: Tensor,
@@ -127,43 +160,95 @@ class CustomGB(AbstractCustomTerm):
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
+        if not (collecting() and self.framewise):
+            return self._energy(positions, box, values, global_values)
+
+        # Computed values differ between frames, and so do their derivatives in parameters.
+        def energy(x: Tensor, h: Tensor | None, *parameters: Tensor) -> Tensor:
+            own = dict(zip(values, parameters, strict=False))
+            common = dict(zip(global_values, parameters[len(own) :], strict=True))
+            return self._energy(x, h, own, common)
+
+        parameters = [*values.values(), *global_values.values()]
+        return mapped_energy(energy, positions, box if self.periodic else None, parameters)
+
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        frame = torch.empty(1, 0, dtype=torch.float64, device=self.excluded.device)
+        return all(
+            one is None or one.serve(frame, n_particles=self._size(1)) for one in self._compiled
+        )
+
+    def _size(self, n_frames: int) -> int:
+        """Of a system whose pairs are gone over once, for which compiling is as worth while."""
+        return max(2 * self.n_particles, n_frames * self.n_particles**2 // _MANY_PAIRS)
+
+    def _energy(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, Tensor],
+        global_values: Mapping[str, Tensor],
+    ) -> Tensor:
         n_frames, shape = positions.shape[0], positions.shape[:2]
         shared, functions = self.shared_values(global_values), self.functions(values)
-        lists: dict[Computation, OrderedPairs] = {}
         particle = dict(self.item_values(values))
         x, y, z = positions.unbind(-1)
-
-        def pairs_of(step: Step) -> OrderedPairs:
-            if step.computation not in lists:
-                lists[step.computation] = self._pairs(positions, box, step.computation)
-            return lists[step.computation]
-
-        def evaluate(expression: Expression, pairs: OrderedPairs | None) -> Tensor:
-            if pairs is None:
-                variables = {"x": x, "y": y, "z": z} | particle
-            else:
-                variables = pairs.variables(particle, expression.variables)
-            return expression(shared | variables, functions, like=positions)
-
-        for step, expression in zip(self.computed_values, self._values, strict=True):
-            if step.computation is Computation.SINGLE_PARTICLE:
-                result = evaluate(expression, None).expand(shape)
-            else:
-                pairs = pairs_of(step)
-                result = positions.new_zeros(())
-                for ordered in (pairs, pairs.swapped()):
-                    shares = evaluate(expression, ordered)
-                    result = result + ordered.sum_at_first(shares, self.n_particles)
-            particle[step.name] = result
+        lists: dict[Computation, OrderedPairs] = {}
+        size = self._size(n_frames)
         energy = 0.0 * positions.sum(dim=(-2, -1))
-        for step, expression in zip(self.energy_terms, self._energies, strict=True):
-            if step.computation is Computation.SINGLE_PARTICLE:
-                energy = energy + evaluate(expression, None).expand(shape).sum(dim=-1)
+        for step, expression, compiled in zip(
+            self._steps, self._expressions, self._compiled, strict=True
+        ):
+            plain = functools.partial(self._over_pairs, step, expression)
+            if compiled is None:
+                own = expression(
+                    shared | {"x": x, "y": y, "z": z} | particle, functions, like=positions
+                ).expand(shape)
+                result = own if step.name else own.sum(dim=-1)
+            elif not compiled.serve(positions, n_particles=size):
+                result = plain(positions, box, particle, shared, functions=functions, lists=lists)
+            elif step.name:
+                result = compiled.sums(positions, box, particle, shared, plain)
             else:
-                pairs = pairs_of(step)
-                energy = energy + pairs.sum(evaluate(expression, pairs))
+                result = compiled.energy(positions, box, particle, shared, None, plain)
+            if step.name:
+                particle[step.name] = result
+            else:
+                energy = energy + result
         assert energy.shape == (n_frames,)
         return energy
+
+    def _over_pairs(
+        self,
+        step: Step,
+        expression: Expression,
+        positions: Tensor,
+        box: Tensor | None,
+        particle: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        switching: Tensor | None = None,
+        *,
+        functions: Mapping[str, Callable[..., Tensor]] | None = None,
+        lists: dict[Computation, OrderedPairs] | None = None,
+    ) -> Tensor:
+        """Sums at particle 1 ``(frames, N)``, or the energy ``(frames,)``, by torch operations."""
+        lists = {} if lists is None else lists
+        if step.computation not in lists:
+            lists[step.computation] = self._pairs(positions, box, step.computation)
+        pairs = lists[step.computation]
+
+        def evaluate(ordered: OrderedPairs) -> Tensor:
+            variables = ordered.variables(particle, expression.variables)
+            return expression({**shared, **variables}, functions, like=positions)
+
+        if not step.name:
+            return pairs.sum(evaluate(pairs))
+        result = positions.new_zeros(())
+        for ordered in (pairs, pairs.swapped()):
+            result = result + ordered.sum_at_first(evaluate(ordered), self.n_particles)
+        return result
 
     def _pairs(
         self, positions: Tensor, box: Tensor | None, computation: Computation

@@ -21,7 +21,14 @@ CONSTANTS = ("cutoff", "tiny")
 
 @functools.lru_cache(maxsize=256)
 def expression_formula(
-    description: Description, *, n_particle: int, n_shared: int, ordered: str, switched: bool
+    description: Description,
+    *,
+    n_particle: int,
+    n_shared: int,
+    ordered: str,
+    switched: bool,
+    framed: tuple[int, ...] = (),
+    gathered: bool = False,
 ) -> PairFormula:
     """The energy of a pair; equal expressions share one formula, and so compiled code.
 
@@ -36,11 +43,16 @@ def expression_formula(
         quantity; or ``""`` if it does not matter.
     switched
         Whether there is a switching distance, another shared quantity.
+    framed
+        Which particle quantities differ between frames.
+    gathered
+        Whether each particle sums what it is particle 1 of, see `mdgraft.kernels.sums`; its weight
+        is the first particle quantity then, before those of the expression.
     """
     particle = tuple(f"quantity{k}" for k in range(n_particle + bool(ordered)))
     shared = tuple(f"shared{k}" for k in range(n_shared + switched))
 
-    def energy(
+    def share(
         graph: Graph,
         u: Node,
         first: Mapping[str, Node],
@@ -69,7 +81,24 @@ def expression_formula(
             result = result * graph.select(t > 0, s, 1.0)
         return result
 
-    return PairFormula(particle=particle, shared=shared, constants=CONSTANTS, energy=energy)
+    def weighted(
+        graph: Graph,
+        u: Node,
+        first: Mapping[str, Node],
+        second: Mapping[str, Node],
+        common: Mapping[str, Node],
+    ) -> Node:
+        return first["weight"] * share(graph, u, first, second, common) + second["weight"] * share(
+            graph, u, second, first, common
+        )
+
+    return PairFormula(
+        particle=("weight", *particle) if gathered else particle,
+        framed=("weight",) * gathered + tuple(f"quantity{k}" for k in framed),
+        shared=shared,
+        constants=CONSTANTS,
+        energy=weighted if gathered else share,
+    )
 
 
 def expression_kernel(
@@ -79,6 +108,8 @@ def expression_kernel(
     n_shared: int,
     ordered: str,
     switched: bool,
+    framed: tuple[int, ...],
+    gathered: bool,
     cutoff: float,
     exclusions: np.ndarray,
     n_particles: int,
@@ -89,7 +120,7 @@ def expression_kernel(
 
     Parameters
     ----------
-    description, n_particle, n_shared, ordered, switched
+    description, n_particle, n_shared, ordered, switched, framed, gathered
         See `expression_formula`.
     cutoff
         [nm]; infinite in an open system without one.
@@ -103,7 +134,13 @@ def expression_kernel(
         A plain torch form of the same energy.
     """
     formula = expression_formula(
-        description, n_particle=n_particle, n_shared=n_shared, ordered=ordered, switched=switched
+        description,
+        n_particle=n_particle,
+        n_shared=n_shared,
+        ordered=ordered,
+        switched=switched,
+        framed=framed,
+        gathered=gathered,
     )
     # As `geometry.safe_norm` has it.
     tiny = torch.finfo(dtype).tiny ** (2 / 3)
