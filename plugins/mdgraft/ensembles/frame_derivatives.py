@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,13 +82,13 @@ def frame_derivatives(
     n_scalars = sum(named[name].numel() for name in names)
     if batch_size is None:
         batch_size = max(1, _NUMBERS // max(3 * frames.n_particles, n_scalars, 1))
+        if potential.periodic and not potential.framewise:
+            # Under `torch.vmap` one list of pairs serves all frames, and grows with them.
+            batch_size = 1
     parts = []
     for batch in frames.batches(batch_size):
         with _only(potential, names) as parameters:
-            evaluate = _collected if potential.framewise else _mapped
-            parts.append(
-                evaluate(potential, batch, dict(zip(names, parameters, strict=True)), forces)
-            )
+            parts.append(_collected(potential, batch, parameters, forces))
     if not parts:
         empty = torch.empty(0, dtype=torch.float64)
         return FrameDerivatives(
@@ -112,10 +112,10 @@ _Found: TypeAlias = "tuple[Tensor, Tensor | None, Tensor]"
 
 
 def _collected(
-    potential: Potential, batch: Frames, named: dict[str, Tensor], forces: bool
+    potential: Potential, batch: Frames, parameters: Sequence[Tensor], forces: bool
 ) -> _Found:
     """From what compiled terms know of every frame; what is left is differentiated by torch."""
-    n, parameters = len(batch), list(named.values())
+    n = len(batch)
     with torch.enable_grad():
         positions = batch.positions.detach().requires_grad_(forces)
         with collected() as pieces:
@@ -181,25 +181,6 @@ def _reaches(output: Tensor, parameters: Sequence[Tensor]) -> bool:
         output, parameters, torch.zeros_like(output), retain_graph=True, allow_unused=True
     )
     return any(slope is not None for slope in slopes)
-
-
-def _mapped(potential: Potential, batch: Frames, named: dict[str, Tensor], forces: bool) -> _Found:
-    """By `torch.vmap` over frames, for terms of plain torch operations."""
-
-    def energy(changed: dict[str, Tensor], x: Tensor, box: Tensor | None) -> Tensor:
-        arguments = (x,) if box is None else (x, box)
-        result: Tensor = torch.func.functional_call(potential, changed, arguments)
-        return result
-
-    wanted: Any = (0, 1) if forces else 0
-    both = torch.func.grad_and_value(energy, argnums=wanted)
-    in_dims = (None, 0, None if batch.box is None else 0)
-    values = {name: p.detach() for name, p in named.items()}
-    found, energies = torch.func.vmap(both, in_dims=in_dims)(values, batch.positions, batch.box)
-    gradients, slopes = found if forces else (found, None)
-    columns = [gradients[name].reshape(len(batch), -1) for name in named]
-    joined = torch.cat(columns, dim=1) if columns else energies.new_zeros(len(batch), 0)
-    return energies, slopes, joined
 
 
 @contextlib.contextmanager

@@ -77,6 +77,16 @@ class GeneralizedBornOBC(AbstractTerm):
         self.add_parameter("solvent_dielectric", solvent_dielectric, DIMENSIONLESS)
         self.add_parameter("surface_area_energy", surface_area_energy, SURFACE_ENERGY)
 
+    @property
+    def framewise(self) -> bool:
+        """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
+        return compiled_kernels(self.get_parameter("charge"))
+
+    @property
+    def collects(self) -> bool:
+        """Whether its kernels tell all about a frame: effective radii depend on parameters."""
+        return False
+
     def forward(
         self,
         positions: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
 from mdgraft.kernels.derivatives import collecting
+from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.potentials._inputs import as_frames, check_frames
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties
@@ -135,7 +136,11 @@ class Potential(nn.Module):
             for other in term.borrows:
                 keys = (f"{other}.{key}" for key in self.term(other).parameter_values())
                 own |= {key: values[key] for key in keys}
-            energy = term(frames, cells if term.periodic else None, own, global_values)
+            box_of_term = cells if term.periodic else None
+            if collecting() and not term.collects:
+                energy = _mapped(term, frames, box_of_term, own, global_values)
+            else:
+                energy = term(frames, box_of_term, own, global_values)
             # What a term happens not to use has zero derivatives, not missing ones.
             unused = () if collecting() else (*own.values(), *global_values.values())
             for value in unused:
@@ -311,6 +316,24 @@ _ATTRIBUTES = frozenset(vars(nn.Module())) | {
     "tied",
     "units",
 }
+
+
+def _mapped(
+    term: AbstractTerm,
+    frames: Tensor,
+    box: Tensor | None,
+    own: Mapping[str, Tensor],
+    global_values: Mapping[str, Tensor],
+) -> Tensor:
+    """A term whose derivatives in every frame `torch.vmap` finds."""
+
+    def energy(x: Tensor, h: Tensor | None, *parameters: Tensor) -> Tensor:
+        values = dict(zip(own, parameters, strict=False))
+        shared = dict(zip(global_values, parameters[len(own) :], strict=True))
+        result: Tensor = term(x, h, values, shared)
+        return result
+
+    return mapped_energy(energy, frames, box, [*own.values(), *global_values.values()])
 
 
 def _selection(name: str, selection: Any, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,14 @@ class AbstractTerm(nn.Module, abc.ABC):
         """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
         return False
 
+    @property
+    def collects(self) -> bool:
+        """Whether its kernels tell all about a frame, see `mdgraft.kernels.derivatives.collected`.
+
+        Not so where a kernel's input depends on the frame and on parameters at the same time.
+        """
+        return self.framewise
+
     @abc.abstractmethod
     def forward(
         self,

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mdgraft.kernels.derivatives import collecting
-from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pairs import exclusion_keys
 from mdgraft.lepton import Expression
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables
@@ -152,26 +150,6 @@ class CustomGB(AbstractCustomTerm):
             gathered=bool(step.name),
         )
 
-    def forward(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, Tensor],
-        global_values: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Energy of each frame ``(frames,)`` [kJ/mol]."""
-        if not (collecting() and self.framewise):
-            return self._energy(positions, box, values, global_values)
-
-        # Computed values differ between frames, and so do their derivatives in parameters.
-        def energy(x: Tensor, h: Tensor | None, *parameters: Tensor) -> Tensor:
-            own = dict(zip(values, parameters, strict=False))
-            common = dict(zip(global_values, parameters[len(own) :], strict=True))
-            return self._energy(x, h, own, common)
-
-        parameters = [*values.values(), *global_values.values()]
-        return mapped_energy(energy, positions, box if self.periodic else None, parameters)
-
     @property
     def framewise(self) -> bool:
         """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
@@ -180,17 +158,19 @@ class CustomGB(AbstractCustomTerm):
             one is None or one.serve(frame, n_particles=self._size(1)) for one in self._compiled
         )
 
-    def _size(self, n_frames: int) -> int:
-        """Of a system whose pairs are gone over once, for which compiling is as worth while."""
-        return max(2 * self.n_particles, n_frames * self.n_particles**2 // _MANY_PAIRS)
+    @property
+    def collects(self) -> bool:
+        """Whether its kernels tell all about a frame: effective radii depend on parameters."""
+        return False
 
-    def _energy(
+    def forward(
         self,
         positions: Tensor,
         box: Tensor | None,
         values: Mapping[str, Tensor],
         global_values: Mapping[str, Tensor],
     ) -> Tensor:
+        """Energy of each frame ``(frames,)`` [kJ/mol]."""
         n_frames, shape = positions.shape[0], positions.shape[:2]
         shared, functions = self.shared_values(global_values), self.functions(values)
         particle = dict(self.item_values(values))
@@ -219,6 +199,10 @@ class CustomGB(AbstractCustomTerm):
                 energy = energy + result
         assert energy.shape == (n_frames,)
         return energy
+
+    def _size(self, n_frames: int) -> int:
+        """Of a system whose pairs are gone over once, for which compiling is as worth while."""
+        return max(2 * self.n_particles, n_frames * self.n_particles**2 // _MANY_PAIRS)
 
     def _over_pairs(
         self,
