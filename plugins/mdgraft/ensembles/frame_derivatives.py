@@ -6,9 +6,8 @@ be summed. Terms of plain torch operations are differentiated under `torch.vmap`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -79,7 +78,9 @@ def frame_derivatives(
     for name in names:
         if name not in named:
             raise InvalidInputError(f"names: no parameter {name!r}; there are {sorted(named)}")
-    n_scalars = sum(named[name].numel() for name in names)
+    # A name that comes twice has one derivative.
+    leaves = {name: named[name].detach() for name in names}
+    n_scalars = sum(leaf.numel() for leaf in leaves.values())
     if batch_size is None:
         batch_size = max(1, _NUMBERS // max(3 * frames.n_particles, n_scalars, 1))
         if potential.periodic and not potential.framewise:
@@ -87,19 +88,23 @@ def frame_derivatives(
             batch_size = 1
     parts = []
     for batch in frames.batches(batch_size):
-        with _only(potential, names) as parameters:
-            parts.append(_collected(potential, batch, parameters, forces))
+        parts.append(_collected(potential, batch, leaves, forces))
     if not parts:
         empty = torch.empty(0, dtype=torch.float64)
         return FrameDerivatives(
             energies=empty,
             forces=empty.reshape(0, frames.n_particles, 3) if forces else None,
-            gradients=empty.reshape(0, n_scalars),
+            gradients=empty.reshape(0, sum(named[name].numel() for name in names)),
         )
+    sizes = [leaf.numel() for leaf in leaves.values()]
+    columns = torch.split(_joined([g for _, _, g in parts]), sizes, dim=1)
+    gradients = dict(zip(leaves, columns, strict=True))
     return FrameDerivatives(
         energies=_joined([e for e, _, _ in parts]),
         forces=-_joined([f for _, f, _ in parts if f is not None]) if forces else None,
-        gradients=_joined([g for _, _, g in parts]),
+        gradients=torch.cat([gradients[name] for name in names], dim=1)
+        if len(names) != len(leaves)
+        else _joined([g for _, _, g in parts]),
     )
 
 
@@ -112,14 +117,23 @@ _Found: TypeAlias = "tuple[Tensor, Tensor | None, Tensor]"
 
 
 def _collected(
-    potential: Potential, batch: Frames, parameters: Sequence[Tensor], forces: bool
+    potential: Potential, batch: Frames, values: Mapping[str, Tensor], forces: bool
 ) -> _Found:
     """From what compiled terms know of every frame; what is left is differentiated by torch."""
     n = len(batch)
     with torch.enable_grad():
-        positions = batch.positions.detach().requires_grad_(forces)
+        # Parameters stay as they are: other threads may be using them.
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        parameters = list(leaves.values())
+        positions = batch.positions.detach()
+        if positions.is_inference():
+            positions = positions.clone()
+        positions.requires_grad_(forces)
         with collected() as pieces:
-            energies = potential(positions, batch.box)
+            by_term = potential.energy_by_term(
+                positions, batch.box, values=potential.values(leaves)
+            )
+            energies = sum(by_term.values(), start=0.0 * positions.sum(dim=(-2, -1)))
         live = [piece for piece in pieces if piece.energies.requires_grad]
         weights: Sequence[Tensor | None] = []
         if live:
@@ -181,20 +195,3 @@ def _reaches(output: Tensor, parameters: Sequence[Tensor]) -> bool:
         output, parameters, torch.zeros_like(output), retain_graph=True, allow_unused=True
     )
     return any(slope is not None for slope in slopes)
-
-
-@contextlib.contextmanager
-def _only(potential: Potential, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Make these parameters, and no others, take part in derivatives for a while."""
-    before = {p: p.requires_grad for p in potential.parameters()}
-    named = dict(potential.named_parameters())
-    chosen = [named[name] for name in names]
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        yield list(chosen)
-    finally:
-        for parameter, on in before.items():
-            parameter.requires_grad_(on)

@@ -551,22 +551,34 @@ def _turns(
         frame = tuple(t[f : f + 1] if own else t for t, own in zip(tensors, framed, strict=True))
         right, left = along(first, f, frame), along(second, f, frame)
 
-        def curvature(*x: Tensor, right: Any = right, left: Any = left) -> Tensor:
-            def slope(*y: Tensor) -> Tensor:
-                change: Tensor = torch.func.jvp(lambda *z: reference(*z).sum(), y, right)[1]
-                return change
-
-            change: Tensor = torch.func.jvp(slope, x, left)[1]
-            return change
-
         every = tuple(range(len(frame)))
-        found.append(torch.func.grad(curvature, argnums=every)(*frame))
+
+        def energy(*x: Tensor) -> Tensor:
+            return reference(*x).sum()
+
+        # Reverse mode throughout: forward mode cannot be nested in torch's own dual levels.
+        function = energy
+        for directions in (right, left):
+            function = _along(torch.func.grad(function, argnums=every), directions)
+        found.append(torch.func.grad(function, argnums=every)(*frame))
     if not found:
         return empty_per_frame(tensors, framed)
     return [
         torch.cat(column) if own else torch.stack(column)
         for column, own in zip(zip(*found, strict=True), framed, strict=True)
     ]
+
+
+def _along(
+    gradient: Callable[..., tuple[Tensor, ...]], directions: Sequence[Tensor]
+) -> Callable[..., Tensor]:
+    """The slope of a function along a direction, given its gradient."""
+
+    def slope(*x: Tensor) -> Tensor:
+        parts = zip(gradient(*x), directions, strict=True)
+        return torch.stack([(g * d).sum() for g, d in parts]).sum()
+
+    return slope
 
 
 def empty_per_frame(tensors: Sequence[Tensor], framed: Sequence[bool]) -> list[Tensor]:

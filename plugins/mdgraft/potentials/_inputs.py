@@ -21,7 +21,7 @@ def as_frames(
 ) -> tuple[Tensor, Tensor | None, torch.Size]:
     """Bring positions and box to ``(F, N, 3)`` and ``(F, 3, 3)``; return the leading shape too."""
     like = potential._like
-    x = _as_tensor("positions", positions, like)
+    x = _recordable(_as_tensor("positions", positions, like))
     n = potential.n_particles
     if x.ndim < 2 or x.shape[-2:] != (n, 3):
         raise InvalidInputError(
@@ -36,7 +36,7 @@ def as_frames(
                 "(3, 3) or (..., 3, 3) in nm, for instance state.getPeriodicBoxVectors()"
             )
         return frames, None, leading
-    cell = _as_tensor("box", box, like)
+    cell = _recordable(_as_tensor("box", box, like))
     if cell.ndim < 2 or cell.shape[-2:] != (3, 3):
         hint = "; use torch.diag(lengths) for a rectangular box" if cell.shape[-1:] == (3,) else ""
         raise InvalidInputError(
@@ -50,6 +50,13 @@ def as_frames(
             f"positions, {tuple(leading)}"
         ) from None
     return frames, cells.reshape(-1, 3, 3), leading
+
+
+def _recordable(tensor: Tensor) -> Tensor:
+    """Autograd cannot keep tensors of inference mode outside of it."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor
 
 
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:

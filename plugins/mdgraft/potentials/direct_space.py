@@ -14,6 +14,7 @@ from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.pairs import all_pairs, exclusion_keys, neighbor_pairs
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials import pair_forms
+from mdgraft.potentials.item_term import plain_array
 
 if TYPE_CHECKING:
     from mdgraft.kernels.fused.pair_kernel import PairKernel
@@ -41,9 +42,8 @@ class DirectSpace:
         self.settings = settings
         self.switched = switched and settings.method.value != "LJPME"
         self._n_particles = n_particles
-        # An array: inside a torch.func transform tensors do not show theirs.
-        self._exceptions = exceptions.cpu().numpy()
-        self._excluded = exclusion_keys(exceptions.cpu(), n_particles)
+        # An array, since a tensor made inside a torch.func transform must not outlive it.
+        self._exceptions = plain_array(exceptions)
         self._kernels: dict[torch.dtype, PairKernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +106,8 @@ class DirectSpace:
         settings = self.settings
         charge, radius, depth, *rest = quantities
         cell = box if box.shape[1] else None
-        excluded = self._excluded.to(positions.device)
+        pairs_of_exceptions = torch.as_tensor(self._exceptions, device=positions.device)
+        excluded = exclusion_keys(pairs_of_exceptions, self._n_particles)
         if math.isinf(settings.cutoff):
             pairs = all_pairs(positions.shape[1], excluded)
         else:

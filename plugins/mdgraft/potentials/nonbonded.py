@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,16 @@ class Offsets:
     active: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What was made for a list of exceptions."""
+
+    exceptions: Tensor
+    version: int
+    pairs: DirectSpace
+    others: NonbondedExceptions
+
+
 _PARTICLE = ("charge", "sigma", "epsilon")
 _EXCEPTION = ("exception_charge_product", "exception_sigma", "exception_epsilon")
 # The quantities that each kind of offset changes.
@@ -181,16 +192,33 @@ class Nonbonded(AbstractTerm):
             self.add_parameter(
                 "reaction_field_dielectric", reaction_field_dielectric, DIMENSIONLESS
             )
-        self._exceptions = NonbondedExceptions(settings, exceptions)
         switched = switching_distance is not None
-        self._direct_space = DirectSpace(settings, exceptions, charge.shape[0], switched=switched)
         # LJPME does not switch.
-        self._shared: tuple[str, ...] = ()
-        if self._direct_space.switched:
-            self._shared += ("switching_distance",)
+        self._switched = switched and settings.method is not Method.LJPME
+        self._shared: tuple[str, ...] = ("switching_distance",) if self._switched else ()
         self._shared += ("reaction_field_dielectric",)
+        self._made: _Made | None = None
         self._add_offsets("particle_offset", particle_offsets)
         self._add_offsets("exception_offset", exception_offsets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}
+
+    def _sums(self) -> _Made:
+        """Sums over pairs and exceptions, made anew when the exceptions have changed."""
+        exceptions = self.exceptions
+        version = 0 if exceptions.is_inference() else exceptions._version
+        made = self._made
+        if made is None or made.exceptions is not exceptions or made.version != version:
+            n = self.get_parameter("charge").shape[0]
+            made = _Made(
+                exceptions=exceptions,
+                version=version,
+                pairs=DirectSpace(self.settings, exceptions, n, switched=self._switched),
+                others=NonbondedExceptions(self.settings, exceptions),
+            )
+            self._made = made
+        return made
 
     def _add_offsets(self, kind: str, offsets: Offsets | None) -> None:
         if offsets is None:
@@ -224,14 +252,13 @@ class Nonbonded(AbstractTerm):
             present = torch.stack([global_values[name] for name in self.global_names])
         particle = [values[name] for name in _PARTICLE]
         charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
+        sums = self._sums()
         energy = 0.0 * positions.sum(dim=(-2, -1))
         if settings.include_direct:
             shared = [values[name] for name in self._shared if name in values]
-            energy = energy + self._direct_space.energy(
-                positions, box, charge, sigma, epsilon, shared
-            )
+            energy = energy + sums.pairs.energy(positions, box, charge, sigma, epsilon, shared)
             own = [values[name] for name in _EXCEPTION]
-            energy = energy + self._exceptions.interactions(
+            energy = energy + sums.others.interactions(
                 positions, box, *self._offset("exception_offset", own, values, present)
             )
             if settings.dispersion_correction and settings.method is not Method.LJPME:
@@ -255,7 +282,7 @@ class Nonbonded(AbstractTerm):
                 c6 = None
                 if settings.method is Method.LJPME:
                     c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
-                energy = energy - self._exceptions.excluded(positions, box, charge, c6)
+                energy = energy - sums.others.excluded(positions, box, charge, c6)
         return energy
 
     def _offset(

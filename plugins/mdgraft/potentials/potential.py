@@ -116,14 +116,24 @@ class Potential(nn.Module):
         frames, _, leading = as_frames(self, positions, box)
         return frames.new_zeros(leading) + 0.0 * frames.sum(dim=(-2, -1)).reshape(leading)
 
-    def energy_by_term(self, positions: PositionsLike, box: BoxLike = None) -> dict[str, Tensor]:
-        """Energy of each term by name, each ``(...,)`` [kJ/mol]; arguments as in `forward`."""
+    def energy_by_term(
+        self,
+        positions: PositionsLike,
+        box: BoxLike = None,
+        *,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Energy of each term by name, each ``(...,)`` [kJ/mol].
+
+        Arguments are those of `forward`; ``values``, as `values` returns them, replace the
+        potential's own parameters.
+        """
         frames, cells, leading = as_frames(self, positions, box)
         check_frames(frames, cells)
         sites = self._modules["sites"]
         if sites is not None:
             frames = sites(frames, cells)
-        values = self.values()
+        values = self.values() if values is None else values
         global_values = {
             name.removeprefix("globals."): value
             for name, value in values.items()
@@ -194,10 +204,23 @@ class Potential(nn.Module):
                 return tensor
         return torch.empty(0, dtype=torch.float64)
 
-    def values(self) -> dict[str, Tensor]:
-        """Every parameter by name as the terms see it, with ties applied."""
+    def values(self, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Every parameter by name as the terms see it, with ties applied.
+
+        Parameters
+        ----------
+        replaced
+            Values that replace parameters, by the names of `named_parameters`; all others are then
+            constants of differentiation. The potential itself does not change.
+        """
+
+        def of(name: str, parameter: Tensor) -> Tensor:
+            if replaced is None:
+                return parameter
+            return replaced.get(name, parameter.detach())
+
         values = {
-            f"{name}.{key}": value
+            f"{name}.{key}": of(f"{name}.{key}", value)
             for name in self.term_names
             for key, value in self.term(name).parameter_values().items()
         }
@@ -205,10 +228,15 @@ class Potential(nn.Module):
         assert shared is not None
         for key, parameter in shared._parameters.items():
             if parameter is not None:
-                values[f"globals.{key}"] = parameter
+                values[f"globals.{key}"] = of(f"globals.{key}", parameter)
         ties = self._modules["tied"]
         assert isinstance(ties, Ties)
-        return ties.substitute(values)
+        scalars = {
+            label: of(f"tied.{label}", scalar)
+            for label, scalar in ties._parameters.items()
+            if scalar is not None
+        }
+        return ties.substitute(values, scalars)
 
     # Selection --------------------------------------------------------------------------------
 

@@ -44,15 +44,17 @@ class Ties(nn.Module):
             self._buffers[f"{label}_index_{position}"] = index
             self._buffers[f"{label}_factor_{position}"] = factor
 
-    def substitute(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values with tied entries replaced."""
+    def substitute(
+        self, values: Mapping[str, Tensor], scalars: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the values with tied entries replaced, by scalars by label."""
         values = dict(values)
         for label, names in self._members.items():
-            scalar = self._parameters[label]
+            scalar = scalars[label]
             for position, name in enumerate(names):
                 index = self._buffers[f"{label}_index_{position}"]
                 factor = self._buffers[f"{label}_factor_{position}"]
-                assert scalar is not None and index is not None and factor is not None
+                assert index is not None and factor is not None
                 flat = values[name].reshape(-1)
                 entries = (scalar * factor).to(flat.dtype)
                 values[name] = flat.index_put((index,), entries).reshape(values[name].shape)

@@ -77,9 +77,12 @@ def frame_pass(
     """
     kind, lanes = numbers.dtype, loop.lanes
     data = _aligned((tiles.n_clusters, loop.n_inputs, lanes), kind)
+    origins = _origins(tiles.order, lanes, layers[0].positions, tiles.wraps, layers[0].box)
+    own = origins
     for layer, k in zip(layers, range(0, loop.n_inputs, loop.n_inputs // len(layers)), strict=True):
-        _fill(data, k, tiles.order, layer.positions, tiles.wraps, layer.box, layer.particle)
-    shifts = np.concatenate([tiles.images @ layer.box for layer in layers], axis=1).astype(kind)
+        _fill(data, k, tiles.order, layer.positions, tiles.wraps, layer.box, own, layer.particle)
+        own = np.zeros_like(origins)
+    shifts = np.concatenate([tiles.images @ layer.box for layer in layers], axis=1)
     n_threads = max(1, min(torch.get_num_threads(), len(tiles.tiles) // _TILES_PER_THREAD))
     bounds = _even_rows(tiles.rows, n_threads)
     out = _aligned((n_threads, tiles.n_clusters, loop.n_outputs, lanes), kind)
@@ -96,6 +99,7 @@ def frame_pass(
             tiles.masks.ctypes.data,
             numbers.ctypes.data,
             shifts.ctypes.data,
+            origins.ctypes.data,
             data.ctypes.data,
             out[k].ctypes.data,
             sums[k].ctypes.data,
@@ -125,6 +129,21 @@ def _even_rows(rows: np.ndarray, n: int) -> np.ndarray:
 
 
 @compiled
+def _origins(
+    order: np.ndarray, lanes: int, positions: np.ndarray, wraps: np.ndarray, cell: np.ndarray
+) -> np.ndarray:
+    """Where the first particle of each cluster is, ``(clusters, 3)``."""
+    origins = np.zeros((len(order) // lanes, 3))
+    for c in range(len(origins)):
+        i = order[c * lanes]
+        if i >= 0:
+            for k in range(3):
+                shift = wraps[i, 0] * cell[0, k] + wraps[i, 1] * cell[1, k]
+                origins[c, k] = positions[i, k] - shift - wraps[i, 2] * cell[2, k]
+    return origins
+
+
+@compiled
 def _fill(
     data: np.ndarray,
     first: int,
@@ -132,9 +151,10 @@ def _fill(
     positions: np.ndarray,
     wraps: np.ndarray,
     cell: np.ndarray,
+    origins: np.ndarray,
     particle: np.ndarray,
 ) -> None:
-    """Positions in the box and quantities of particles, in the order of clusters."""
+    """Positions, from their cluster's origin, and quantities, in the order of clusters."""
     lanes = data.shape[2]
     for j in range(len(order)):
         i = order[j]
@@ -146,7 +166,7 @@ def _fill(
         a, b, c3 = wraps[i, 0], wraps[i, 1], wraps[i, 2]
         for k in range(3):
             shift = a * cell[0, k] + b * cell[1, k] + c3 * cell[2, k]
-            data[c, first + k, lane] = positions[i, k] - shift
+            data[c, first + k, lane] = positions[i, k] - shift - origins[c, k]
         for k in range(len(particle)):
             data[c, first + 3 + k, lane] = particle[k, i]
 

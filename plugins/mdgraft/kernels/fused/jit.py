@@ -32,7 +32,11 @@ def cache_folder() -> Path | None:
     if named is not None:
         return Path(named) if named else None
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "mdgraft"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "mdgraft"
+    except RuntimeError:
+        # Nobody's home.
+        return None
 
 
 @functools.cache
@@ -133,7 +137,10 @@ def _store(key: str, code: bytes) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
             stream.write(hashlib.sha256(code).digest() + code)
-        os.replace(stream.name, folder / f"{key}.o")
+        try:
+            os.replace(stream.name, folder / f"{key}.o")
+        except OSError:
+            os.unlink(stream.name)
     except OSError:
         # A read-only home is no reason to fail.
         return

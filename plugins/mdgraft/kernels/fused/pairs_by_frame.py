@@ -29,9 +29,10 @@ def _as_items(formula: PairFormula, cutoff: bool) -> TupleFormula:
         second = {name: of[name][1] for name in formula.particle}
         if not cutoff:
             return formula.energy(graph, u, first, second, of)
-        within = u < of["cutoff_squared"]
-        pair = formula.energy(graph, graph.select(within, u, 1.0), first, second, of)
-        return graph.select(within, pair, 0.0)
+        # Asked like this, a lost particle is not outside, and its energy is not a number.
+        outside = u >= of["cutoff_squared"]
+        pair = formula.energy(graph, graph.select(outside, 1.0, u), first, second, of)
+        return graph.select(outside, 0.0, pair)
 
     return TupleFormula(
         n_particles=2,

@@ -141,10 +141,11 @@ def wrap(positions: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarra
         x, y, z = positions[i, 0], positions[i, 1], positions[i, 2]
         c = np.floor(z / cell[2, 2])
         x, y, z = x - c * cell[2, 0], y - c * cell[2, 1], z - c * cell[2, 2]
+        # Whole rows: what lies above the diagonal is small, not always zero.
         b = np.floor(y / cell[1, 1])
-        x, y = x - b * cell[1, 0], y - b * cell[1, 1]
+        x, y, z = x - b * cell[1, 0], y - b * cell[1, 1], z - b * cell[1, 2]
         a = np.floor(x / cell[0, 0])
-        x = x - a * cell[0, 0]
+        x, y, z = x - a * cell[0, 0], y - a * cell[0, 1], z - a * cell[0, 2]
         wrapped[i, 0], wrapped[i, 1], wrapped[i, 2] = x, y, z
         wraps[i, 0], wraps[i, 1], wraps[i, 2] = a, b, c
     return wrapped, wraps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 
 def run_chunks(function: Callable[[int], object], n_chunks: int) -> None:
@@ -31,9 +31,17 @@ def run_chunks(function: Callable[[int], object], n_chunks: int) -> None:
             function(0)
         return
     pool = _pool(os.getpid())
-    others = [pool.submit(function, chunk) for chunk in range(1, n_chunks)]
+    others: list[Future[object]] = []
+    mine = [0]
+    for chunk in range(1, n_chunks):
+        try:
+            others.append(pool.submit(function, chunk))
+        except RuntimeError:
+            # The interpreter is shutting down: threads take no more work.
+            mine.append(chunk)
     try:
-        function(0)
+        for chunk in mine:
+            function(chunk)
     finally:
         # Nobody may go on writing into arrays that the caller has given up.
         errors = [other.exception() for other in others]

@@ -158,20 +158,22 @@ def compiled_loop(formula: PairFormula, task: Task, double: bool) -> Loop:
     loop = _LoopEmitter(formula, task, formulas, scalar, lanes, series)
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
-    function = jit.compiled("pairs", loop.emit(), [number, number, pointer, *(pointer,) * 7])
+    function = jit.compiled("pairs", loop.emit(), [number, number, *(pointer,) * 9])
     return Loop(function, lanes, loop.n_inputs, loop.n_outputs, series, loop.n_sums)
 
 
 class _LoopEmitter:
-    """Writes ``pairs(begin, end, rows, tiles, masks, numbers, shifts, data, out, sums)``.
+    """Writes ``pairs(begin, end, rows, tiles, masks, numbers, shifts, origins, data, out, sums)``.
 
     ``rows`` ``(n, ROW_FIELDS)`` int64 lists for each row of tiles its four particles (as their
     index over four), its shift, where its tiles begin, where those begin that need no mask, where
     they end, and where its masks begin; ``tiles`` int32 are clusters; ``masks`` int64 have one bit
     a pair, lanes fastest. ``numbers`` are the squared cutoff, shared quantities, their directions
     if the loop is of second order, constants, then for each series a factor, a shift and
-    coefficients. ``shifts`` ``(n, 3)`` are added to the four particles (second order: ``(n, 6)``,
-    the last three are the direction). ``data`` ``(clusters, n_inputs, lanes)`` and ``out``
+    coefficients. ``shifts`` ``(n, 3)`` float64 are added to the four particles (second order:
+    ``(n, 6)``, the last three are the direction). Positions in ``data`` are relative to their
+    cluster's of ``origins`` ``(clusters, 3)`` float64: short vectors lose nothing in single
+    precision, wherever in the box they are. ``data`` ``(clusters, n_inputs, lanes)`` and ``out``
     ``(clusters, n_outputs, lanes)`` belong to particles, ``sums`` float64 ``(n_sums + 3 shifts,)``
     to all pairs and, derivatives in the shifts, to each shift.
     """
@@ -201,10 +203,11 @@ class _LoopEmitter:
     def emit(self) -> str:
         number, integers = self.scalar.as_pointer(), INDEX.as_pointer()
         types = [INDEX, INDEX, integers, INT32.as_pointer(), integers]
-        types += [number] * 4 + [DOUBLE.as_pointer()]
+        types += [number, *[DOUBLE.as_pointer()] * 2, number, number, DOUBLE.as_pointer()]
         self.code = LoopBuilder("pairs", types, self.scalar, self.lanes)
         self.begin, self.end, self.rows, self.tiles, self.masks = self.code.arguments[:5]
-        self.numbers, self.shifts, self.data, self.out, self.sums = self.code.arguments[5:]
+        self.numbers, self.shifts, self.origins = self.code.arguments[5:8]
+        self.data, self.out, self.sums = self.code.arguments[8:]
         self.builder = self.code.builder
         self.emitter = Emitter(self.builder, self.scalar, self.lanes, self._coefficients)
         self._allocate()
@@ -262,17 +265,19 @@ class _LoopEmitter:
         lane = builder.srem(particle, INDEX(self.lanes))
         source = builder.add(builder.mul(cluster, INDEX(self.n_inputs * self.lanes)), lane)
         n_shifts = 6 if self.task.second else 3
-        shifted = {}
+        # Where the four are, but for what their data say.
+        self.base = {}
         for k, name in enumerate(("x", "y", "z", "dx", "dy", "dz")[:n_shifts]):
             place = builder.add(builder.mul(shift, INDEX(n_shifts)), INDEX(k))
-            shifted[name] = self.code.at(self.shifts, place)
+            self.base[name] = self.code.at(self.shifts, place)
+            if k < 3:
+                origin = self.code.at(self.origins, self.code.place(cluster, 3, k))
+                self.base[name] = builder.fadd(self.base[name], origin)
         rows = []
         for i in range(ROWS):
             values = {}
             for k, name in enumerate(self.inputs):
                 value = self.code.at(self.data, builder.add(source, INDEX(k * self.lanes + i)))
-                if name in shifted:
-                    value = builder.fadd(value, shifted[name])
                 values[name] = emitter.broadcast(value)
             rows.append(values)
 
@@ -309,6 +314,15 @@ class _LoopEmitter:
             name: code.load(self.data, builder.add(source, INDEX(k * lanes)))
             for k, name in enumerate(self.inputs)
         }
+        for k, name in enumerate(self.base):
+            # Between the origins of the cluster and of the four.
+            distance = builder.fneg(self.base[name])
+            if k < 3:
+                origin = code.at(self.origins, code.place(cluster, 3, k))
+                distance = builder.fsub(origin, self.base[name])
+            if self.scalar != DOUBLE:
+                distance = builder.fptrunc(distance, self.scalar)
+            columns[name] = builder.fadd(columns[name], self.emitter.broadcast(distance))
         target = code.place(cluster, self.n_outputs * lanes)
         places = [builder.add(target, INDEX(k * lanes)) for k in range(self.n_outputs)]
         sums = [code.load(self.out, place) for place in places]
