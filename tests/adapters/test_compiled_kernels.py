@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import os
 import pickle
@@ -203,6 +204,87 @@ def test_full_hessian_of_a_small_molecule():
     with mdgraft.plain_kernels():
         expected = torch.func.hessian(potential)(x)
     torch.testing.assert_close(hessian, expected, rtol=1e-9, atol=1e-7)
+
+
+@each_method
+def test_batches_of_seeds(method):
+    """The batches of `torch.autograd.grad`, which are none of `torch.func`."""
+    system, x, box = mixture(2, METHODS[method], cutoff=0.4)
+    solvent = openmm.GBSAOBCForce()
+    for i in range(8):
+        solvent.addParticle(0.2 * (-1) ** i, 0.15, 0.8)
+    if method == "NoCutoff":
+        system.addForce(solvent)
+    potential = mdgraft.graft(system)
+    cell = box if potential.periodic else None
+    y = x.clone().requires_grad_()
+    wanted = [y, *(p for p in potential.parameters() if p.numel())]
+    eye = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
+    (slope,) = torch.autograd.grad(potential(y, cell), y, create_graph=True)
+    found = torch.autograd.grad(slope, wanted, eye, is_grads_batched=True, allow_unused=True)
+    with mdgraft.plain_kernels():
+        (slope,) = torch.autograd.grad(potential(y, cell), y, create_graph=True)
+        expected = torch.autograd.grad(slope, wanted, eye, is_grads_batched=True, allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-6)
+    frames = torch.stack([x, 1.01 * x, 0.99 * x])
+    energies = potential(frames, cell)
+    seeds = torch.eye(3, dtype=x.dtype)
+    charge = potential.get_parameter("NonbondedForce.charge")
+    rows = torch.autograd.grad(energies, charge, seeds, is_grads_batched=True)[0]
+    for row, frame in zip(rows, frames, strict=True):
+        (single,) = torch.autograd.grad(potential(frame, cell), charge)
+        torch.testing.assert_close(row, single, rtol=1e-10, atol=1e-10)
+
+
+def test_exceptions_that_change():
+    """Another list of exceptions of the same length, by load_state_dict."""
+    systems = []
+    for shift in (1, 2):
+        system, x, box = mixture(4, METHODS["PME"], cutoff=0.7)
+        force = system.getForce(0)
+        for k in range(force.getNumExceptions()):
+            i, _, *parameters = force.getExceptionParameters(k)
+            force.setExceptionParameters(k, i, (i + shift + 3 * (k % 2)) % 64, *parameters)
+        systems.append(system)
+    first, second = (mdgraft.graft(system) for system in systems)
+    expected = second(x, box).detach()
+    assert abs(first(x, box).detach() - expected) > 1e-3
+    first.load_state_dict(second.state_dict())
+    for potential in (first, copy.deepcopy(first)):
+        assert abs(potential(x, box).detach() - expected) <= 1e-12 * abs(expected)
+        with mdgraft.plain_kernels():
+            assert abs(potential(x, box).detach() - expected) <= 1e-9 * abs(expected)
+
+
+def test_tensors_of_inference_mode():
+    system, x, box = mixture(4, METHODS["PME"], cutoff=0.7)
+    potential = mdgraft.graft(system)
+    expected = all_derivatives(potential, x, box)
+    with torch.inference_mode():
+        y, cell = x.clone(), box.clone()
+        assert torch.equal(potential(y, cell), expected[0])
+    torch.testing.assert_close(potential.forces(y, cell), -expected[1][0])
+    found = frame_derivatives(potential, Frames(positions=y[None], box=cell[None]), [])
+    torch.testing.assert_close(found.forces[0], -expected[1][0])
+
+
+def test_threads_of_the_caller():
+    """Several threads at once, none of which changes what is trainable."""
+    system, x, box = mixture(5, METHODS["PME"], cutoff=0.9)
+    potential = mdgraft.graft(system)
+    frames = Frames(positions=torch.stack([x, 1.001 * x]), box=torch.stack([box, box]))
+    names = ["NonbondedForce.charge", "NonbondedForce.sigma", "NonbondedForce.epsilon"]
+    expected = [frame_derivatives(potential, frames, [name]).gradients for name in names]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        jobs = [
+            (k, pool.submit(frame_derivatives, potential, frames, [names[k]]))
+            for k in (0, 1, 2) * 5
+        ]
+        for k, job in jobs:
+            torch.testing.assert_close(job.result().gradients, expected[k], rtol=1e-9, atol=1e-9)
+    assert all(p.requires_grad for p in potential.parameters())
 
 
 @each_method

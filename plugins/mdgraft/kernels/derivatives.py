@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import UnsupportedDerivativeError
-from mdgraft.kernels.batching import one_by_one
+from mdgraft.kernels.batching import in_older_batch, older_batch, one_by_one
 
 #: Positions ``(F, N, 3)``, box ``(F, 3, 3)`` (``(F, 0, 3)`` in an open system), then parameters of
 #: any shape, which all frames share.
@@ -319,6 +319,8 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, wanted: tuple[bool, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        if in_older_batch(inputs):
+            return older_batch(_Gradient, (call, wanted, *inputs))
         found = call.gradients([t.detach() for t in inputs], wanted)
         # New tensors: what is known already may be asked for again.
         return tuple(
@@ -366,6 +368,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, wanted: tuple[bool, ...], n: int, *args: Tensor) -> tuple[Tensor, ...]:
+        if in_older_batch(args):
+            return older_batch(_Product, (call, wanted, n, *args))
         inputs = [t.detach() for t in args[:n]]
         directions = [None if d.numel() == 0 else d.detach() for d in args[n:]]
         products = call.kernel.products(inputs, directions, wanted)
