@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft.frames import Frames
-from mdgraft.kernels.derivatives import collected
+from mdgraft.kernels.pieces import collected
 from mdgraft.potentials import Potential
 
 #: Numbers, of positions or gradients, that a batch holds at most.

@@ -8,53 +8,18 @@ kernel names a plain torch form to differentiate, or the derivative raises.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdgraft._errors import UnsupportedDerivativeError
 from mdgraft.kernels.batching import in_older_batch, older_batch, one_by_one
-
-#: Positions ``(F, N, 3)``, box ``(F, 3, 3)`` (``(F, 0, 3)`` in an open system), then parameters of
-#: any shape, which all frames share.
-Inputs = Sequence[Tensor]
-#: For each input a derivative of every frame, ``(F, *shape)``; None where it is not wanted.
-PerFrame = list[Tensor | None]
-
-_COLLECTED: contextvars.ContextVar[_Pieces | None] = contextvars.ContextVar(
-    "_COLLECTED", default=None
-)
-
-
-class Kernel(Protocol):
-    """What computes energies. Tensors come without a graph and unwrapped; results are new."""
-
-    #: Whether many frames cost less in one call, and first derivatives little beside energies.
-    fused: bool
-    #: Inputs beside positions and box that differ between frames, ``(F, *shape)``, by place.
-    framed: tuple[int, ...]
-    #: A plain torch form ``(*inputs) -> (F,)`` for derivatives beyond the second, or None.
-    reference: Callable[..., Tensor] | None
-
-    def energies(self, inputs: Inputs) -> Tensor:
-        """Energies ``(F,)`` [kJ/mol]."""
-
-    def gradients(self, inputs: Inputs, wanted: Sequence[bool]) -> tuple[Tensor | None, PerFrame]:
-        """Energies, if they come for free, and their derivatives in the inputs that are wanted."""
-
-    def products(
-        self, inputs: Inputs, directions: Sequence[Tensor | None], wanted: Sequence[bool]
-    ) -> PerFrame:
-        """Second derivatives times directions ``(F, *shape)``, summed over all directions.
-
-        A direction that is None is zero.
-        """
+from mdgraft.kernels.kernel import Inputs, Kernel, PerFrame
+from mdgraft.kernels.pieces import COLLECTED
+from mdgraft.kernels.third_order import turns
 
 
 def differentiable_energy(
@@ -81,68 +46,13 @@ def differentiable_energy(
     n_frames = positions.shape[0]
     cell = positions.new_zeros(n_frames, 0, 3) if box is None else box.expand(n_frames, 3, 3)
     inputs = (positions, cell, *parameters)
-    pieces = _COLLECTED.get()
+    pieces = COLLECTED.get()
     if pieces is not None:
         return pieces.add(kernel, inputs)
     apply: Any = _Energy.apply
     # Nodes between the leaves and the energy, see `_needed`.
     result: Tensor = apply(_Call(kernel, inputs), *(t.view_as(t) for t in inputs))
     return result
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """What a kernel contributed to an energy: a leaf of its graph, and where it came from.
-
-    Attributes
-    ----------
-    energies
-        ``(F,)``, a leaf.
-    inputs
-        The kernel's inputs, with their graphs.
-    gradients
-        Derivatives of each frame's energy in those inputs that have graphs.
-    framed
-        Whether each input has a frame axis.
-    """
-
-    energies: Tensor
-    inputs: tuple[Tensor, ...]
-    gradients: PerFrame
-    framed: tuple[bool, ...]
-
-
-class _Pieces(list[Piece]):
-    def add(self, kernel: Kernel, inputs: tuple[Tensor, ...]) -> Tensor:
-        wanted = [t.requires_grad and t.numel() > 0 for t in inputs]
-        plain = [t.detach() for t in inputs]
-        energies, gradients = kernel.gradients(plain, wanted)
-        if energies is None:
-            energies = kernel.energies(plain)
-        leaf = energies.requires_grad_(any(wanted))
-        framed = tuple(k < 2 or k in kernel.framed for k in range(len(inputs)))
-        self.append(Piece(leaf, inputs, gradients, framed))
-        return leaf
-
-
-@contextlib.contextmanager
-def collected() -> Iterator[list[Piece]]:
-    """Keep the derivatives that kernels find inside this context, frame by frame.
-
-    Energies that are computed inside have graphs that end where kernels begin. Not for use with
-    transforms of ``torch.func``.
-    """
-    pieces = _Pieces()
-    token = _COLLECTED.set(pieces)
-    try:
-        yield pieces
-    finally:
-        _COLLECTED.reset(token)
-
-
-def collecting() -> bool:
-    """Whether derivatives are being kept by `collected`."""
-    return _COLLECTED.get() is not None
 
 
 class _Call:
@@ -394,8 +304,8 @@ class _Product(torch.autograd.Function):
         own = _product(ctx.call, needed[n:], tensors, left)
         through: list[Tensor | None] = [None] * n
         if any(needed[:n]):
-            turns = _turns(ctx.call, tensors, directions, left)
-            through = _shared(ctx.call, turns, tensors, needed[:n])
+            found = turns(ctx.call.kernel.reference, ctx.call.framed, tensors, directions, left)
+            through = _shared(ctx.call, found, tensors, needed[:n])
         return (
             *(None, None, None, *through),
             *(p if on else None for p, on in zip(own, needed[n:], strict=True)),
@@ -500,10 +410,10 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, wanted: tuple[bool, ...], n: int, *args: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            turns = _turns(call, args[:n], args[n : 2 * n], args[2 * n :])
+            found = _turns(call, n, args)
         return tuple(
             turn.detach() if on else t.new_zeros(0)
-            for turn, on, t in zip(turns, wanted, args, strict=False)
+            for turn, on, t in zip(found, wanted, args, strict=False)
         )
 
     @staticmethod
@@ -516,8 +426,8 @@ class _Turn(torch.autograd.Function):
         n = ctx.n
 
         def turned(*args: Tensor) -> tuple[Tensor, ...]:
-            turns = _turns(ctx.call, args[:n], args[n : 2 * n], args[2 * n :])
-            return tuple(turn for turn, on in zip(turns, ctx.wanted, strict=True) if on)
+            found = _turns(ctx.call, n, args)
+            return tuple(turn for turn, on in zip(found, ctx.wanted, strict=True) if on)
 
         weights = tuple(g for g, on in zip(grad_outputs, ctx.wanted, strict=True) if on)
         vjp: Any = torch.func.vjp
@@ -533,64 +443,10 @@ class _Turn(torch.autograd.Function):
         return one_by_one(_Turn, info, in_dims, args)
 
 
-def _turns(
-    call: _Call, tensors: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
-) -> list[Tensor]:
-    """Derivatives of ``first . (second derivatives) . second`` of each frame."""
+def _turns(call: _Call, n: int, args: Sequence[Tensor]) -> list[Tensor]:
+    """Third derivatives at inputs, along first and second directions, one after the other."""
     reference, framed = call.kernel.reference, call.framed
-    if reference is None:
-        raise UnsupportedDerivativeError(
-            "a term that its host evaluates has derivatives up to the second order; graft it by "
-            "the native route where there is one, or ask for one order less"
-        )
-
-    def along(directions: Sequence[Tensor], f: int, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.zeros_like(t) if d.numel() == 0 else d[f].reshape(t.shape)
-            for d, t in zip(directions, inputs, strict=True)
-        )
-
-    found = []
-    for f in range(tensors[0].shape[0]):
-        frame = tuple(t[f : f + 1] if own else t for t, own in zip(tensors, framed, strict=True))
-        right, left = along(first, f, frame), along(second, f, frame)
-
-        every = tuple(range(len(frame)))
-
-        def energy(*x: Tensor) -> Tensor:
-            return reference(*x).sum()
-
-        # Reverse mode throughout: forward mode cannot be nested in torch's own dual levels.
-        function = energy
-        for directions in (right, left):
-            function = _along(torch.func.grad(function, argnums=every), directions)
-        found.append(torch.func.grad(function, argnums=every)(*frame))
-    if not found:
-        return empty_per_frame(tensors, framed)
-    return [
-        torch.cat(column) if own else torch.stack(column)
-        for column, own in zip(zip(*found, strict=True), framed, strict=True)
-    ]
-
-
-def _along(
-    gradient: Callable[..., tuple[Tensor, ...]], directions: Sequence[Tensor]
-) -> Callable[..., Tensor]:
-    """The slope of a function along a direction, given its gradient."""
-
-    def slope(*x: Tensor) -> Tensor:
-        parts = zip(gradient(*x), directions, strict=True)
-        return torch.stack([(g * d).sum() for g, d in parts]).sum()
-
-    return slope
-
-
-def empty_per_frame(tensors: Sequence[Tensor], framed: Sequence[bool]) -> list[Tensor]:
-    """Derivatives in the inputs of no frames at all."""
-    return [
-        t.new_zeros(0, *(t.shape[1:] if own else t.shape))
-        for t, own in zip(tensors, framed, strict=True)
-    ]
+    return turns(reference, framed, args[:n], args[n : 2 * n], args[2 * n :])
 
 
 def _batch(

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft.kernels.derivatives import Inputs, PerFrame, differentiable_energy
+from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.kernel import Inputs, PerFrame
 
 #: Positions ``(F, N, 3)``, box ``(F, 3, 3)`` (empty in an open system), then parameters.
 Arrays = Sequence[np.ndarray]

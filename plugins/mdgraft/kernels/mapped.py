@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mdgraft.kernels.derivatives import _COLLECTED, Inputs, PerFrame, differentiable_energy
+from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.kernel import Inputs, PerFrame
+from mdgraft.kernels.pieces import COLLECTED
 
 #: ``(positions, box, *parameters) -> (frames,)``.
 Energy: TypeAlias = Callable[..., Tensor]
@@ -18,7 +20,7 @@ Energy: TypeAlias = Callable[..., Tensor]
 def mapped_energy(
     energy: Energy, positions: Tensor, box: Tensor | None, parameters: Sequence[Tensor]
 ) -> Tensor:
-    """Energies ``(F,)`` [kJ/mol] for `mdgraft.kernels.derivatives.collected`.
+    """Energies ``(F,)`` [kJ/mol] for `mdgraft.kernels.pieces.collected`.
 
     Parameters
     ----------
@@ -32,7 +34,7 @@ def mapped_energy(
 
 
 class _Mapped:
-    """A kernel, see `mdgraft.kernels.derivatives.Kernel`, that is good for one collection."""
+    """A kernel, see `mdgraft.kernels.kernel.Kernel`, that is good for one collection."""
 
     fused = False
     framed: tuple[int, ...] = ()
@@ -73,8 +75,8 @@ class _Mapped:
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
     """Kernels inside are not collected: what they find is differentiated further."""
-    token = _COLLECTED.set(None)
+    token = COLLECTED.set(None)
     try:
         yield
     finally:
-        _COLLECTED.reset(token)
+        COLLECTED.reset(token)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mdgraft.kernels.derivatives import (
-    Kernel,
     _batch,
     _by_frame,
     _Call,
@@ -23,6 +22,7 @@ from mdgraft.kernels.derivatives import (
     _needed,
     _product,
 )
+from mdgraft.kernels.kernel import Kernel
 
 #: Where the weights are among a kernel's inputs.
 WEIGHTS = 2

@@ -198,6 +198,7 @@ class Nonbonded(AbstractTerm):
         self._shared: tuple[str, ...] = ("switching_distance",) if self._switched else ()
         self._shared += ("reaction_field_dielectric",)
         self._made: _Made | None = None
+        self._n = charge.shape[0]
         self._add_offsets("particle_offset", particle_offsets)
         self._add_offsets("exception_offset", exception_offsets)
 
@@ -210,11 +211,10 @@ class Nonbonded(AbstractTerm):
         version = 0 if exceptions.is_inference() else exceptions._version
         made = self._made
         if made is None or made.exceptions is not exceptions or made.version != version:
-            n = self.get_parameter("charge").shape[0]
             made = _Made(
                 exceptions=exceptions,
                 version=version,
-                pairs=DirectSpace(self.settings, exceptions, n, switched=self._switched),
+                pairs=DirectSpace(self.settings, exceptions, self._n, switched=self._switched),
                 others=NonbondedExceptions(self.settings, exceptions),
             )
             self._made = made
@@ -234,9 +234,7 @@ class Nonbonded(AbstractTerm):
     def framewise(self) -> bool:
         """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
         # In plain torch one list of pairs would have to serve all frames.
-        return self.settings.method is not Method.EWALD and compiled_kernels(
-            self.get_parameter("charge")
-        )
+        return self.settings.method is not Method.EWALD and compiled_kernels(self.global_defaults)
 
     def forward(
         self,

@@ -80,7 +80,8 @@ class GeneralizedBornOBC(AbstractTerm):
     @property
     def framewise(self) -> bool:
         """Whether `torch.vmap` over frames costs about what a batch of frames costs."""
-        return compiled_kernels(self.get_parameter("charge"))
+        charge = self._parameters["charge"]
+        return charge is not None and compiled_kernels(charge)
 
     @property
     def collects(self) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
-from mdgraft.kernels.derivatives import collecting
 from mdgraft.kernels.mapped import mapped_energy
+from mdgraft.kernels.pieces import collecting
 from mdgraft.potentials._inputs import as_frames, check_frames
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties

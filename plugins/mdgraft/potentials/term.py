@@ -62,7 +62,7 @@ class AbstractTerm(nn.Module, abc.ABC):
 
     @property
     def collects(self) -> bool:
-        """Whether its kernels tell all about a frame, see `mdgraft.kernels.derivatives.collected`.
+        """Whether its kernels tell all about a frame, see `mdgraft.kernels.pieces.collected`.
 
         Not so where a kernel's input depends on the frame and on parameters at the same time.
         """

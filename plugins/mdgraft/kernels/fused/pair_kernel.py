@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft.kernels.derivatives import Inputs, PerFrame
 from mdgraft.kernels.fused.clusters import Exclusions, TileList, tile_list
 from mdgraft.kernels.fused.frame_pass import Gathered, Layer, frame_pass
 from mdgraft.kernels.fused.graph import Series
@@ -17,6 +16,7 @@ from mdgraft.kernels.fused.pairs_by_frame import FEWEST, LARGEST, pairs_by_frame
 from mdgraft.kernels.fused.spreading import compiled
 from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
 from mdgraft.kernels.fused.tuple_kernel import TupleKernel
+from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.pairs import require_room
 
 #: Lists are made for a cutoff that is longer by this fraction.
@@ -36,7 +36,7 @@ class _Known:
 
 
 class PairKernel:
-    """A kernel, see `mdgraft.kernels.derivatives.Kernel`, of one pair formula.
+    """A kernel, see `mdgraft.kernels.kernel.Kernel`, of one pair formula.
 
     Its inputs are positions, box, the particles' quantities ``(N,)`` and shared quantities ``()``,
     in the formula's order.

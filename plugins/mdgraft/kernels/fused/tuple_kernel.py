@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft.kernels.derivatives import Inputs, PerFrame
 from mdgraft.kernels.fused.graph import Series
 from mdgraft.kernels.fused.threads import run_chunks
 from mdgraft.kernels.fused.tiles import Task
 from mdgraft.kernels.fused.tuples import ARRAYS, TupleFormula, TupleLoop, compiled_tuples
+from mdgraft.kernels.kernel import Inputs, PerFrame
 
 #: Items, times frames, that are worth a thread of their own.
 _ITEMS_PER_THREAD = 20000
 
 
 class TupleKernel:
-    """A kernel, see `mdgraft.kernels.derivatives.Kernel`, of a list of items.
+    """A kernel, see `mdgraft.kernels.kernel.Kernel`, of a list of items.
 
     Its inputs are positions, box, quantities of items ``(items,)``, of particles ``(N,)`` and
     shared ones ``()``, in the formula's order.
