@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -105,6 +106,34 @@ def test_second_derivatives(method):
         if a is None and b is None:
             continue
         assert (a - b).abs().max() <= 1e-9 * b.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("method", ["Ewald", "PME", "LJPME"])
+@pytest.mark.parametrize("alpha", [3.0, 9.0, 14.0, 30.0])
+def test_splitting_parameters_of_all_sizes(method, alpha):
+    """Beyond what a polynomial can stand for, and at its borders."""
+    system, x, box = mixture(4, getattr(NonbondedForce, method), cutoff=0.79)
+    force = system.getForce(0)
+    force.setPMEParameters(alpha, 24, 24, 24)
+    force.setLJPMEParameters(alpha, 24, 24, 24)
+    potential = mdgraft.graft(system)
+    term = potential.term("NonbondedForce")
+    if method == "Ewald":
+        term.settings = dataclasses.replace(term.settings, alpha=alpha)
+        term._made = None
+    assert term.settings.alpha == alpha
+    assert_kernels_agree(potential, x, box, rtol=1e-10)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+
+    def product():
+        y = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(potential(y, box), y, create_graph=True)
+        return torch.autograd.grad(slope, y, direction)[0]
+
+    found = product()
+    with mdgraft.plain_kernels():
+        expected = product()
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 @each_method

@@ -50,7 +50,7 @@ def _erf_over_root(v: Node) -> Node:
     return graph.select(small, series, graph.apply("erf", root) / root)
 
 
-def _dispersion_damping(x: Node) -> Node:
+def dispersion_damping(x: Node) -> Node:
     """``[1 - exp(-x)(1 + x + x^2/2)] / x^3``, analytic at zero."""
     graph = x.graph
     small = x < 1.0
@@ -69,7 +69,7 @@ def _excluded(graph: Graph, edges: Sequence[Vector], of: Mapping[str, Any]) -> N
     if "c6" in of:
         beta2: Node = of["dispersion_alpha"] * of["dispersion_alpha"]
         first, second = of["c6"]
-        energy = energy - first * second * beta2**3 * _dispersion_damping(beta2 * u)
+        energy = energy - first * second * beta2**3 * dispersion_damping(beta2 * u)
     return energy
 
 

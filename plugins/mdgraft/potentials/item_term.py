@@ -74,7 +74,6 @@ class ItemSum:
             from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 
             self._seen = _mark(self.particles)
-
             self._kernel = TupleKernel(
                 self._formula(),
                 plain_array(self.particles),

@@ -16,6 +16,7 @@ from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.graph import Graph, Node, Series
 from mdgraft.kernels.fused.pair_kernel import PairKernel
 from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.potentials.exception_formulas import dispersion_damping
 
 if TYPE_CHECKING:
     from mdgraft.potentials.nonbonded import NonbondedSettings
@@ -26,7 +27,12 @@ CONSTANTS = ("cutoff", "alpha", "dispersion_alpha")
 
 @functools.lru_cache(maxsize=64)
 def nonbonded_formula(
-    *, electrostatics: str, switched: bool, dispersion: int | None, degree: int
+    *,
+    electrostatics: str,
+    switched: bool,
+    dispersion: bool,
+    degree: int | None,
+    dispersion_degree: int | None,
 ) -> PairFormula:
     """The energy of a pair [kJ/mol] as a function of u = r^2.
 
@@ -40,14 +46,14 @@ def nonbonded_formula(
     switched
         Whether the Lennard-Jones interaction goes to zero smoothly.
     dispersion
-        Degree of the mesh's share of the dispersion, or None.
-    degree
-        Of the polynomial for the mesh's share of Coulomb interactions.
+        Whether there is a dispersion mesh.
+    degree, dispersion_degree
+        Of the polynomials for the meshes' shares; None for their closed forms, which take longer.
     """
     shared: tuple[str, ...] = ("switching_distance",) if switched else ()
     if electrostatics == "reaction field":
         shared += ("dielectric",)
-    particle = ("charge", "radius", "depth") + (() if dispersion is None else ("c6",))
+    particle = ("charge", "radius", "depth") + (("c6",) if dispersion else ())
 
     def energy(
         graph: Graph,
@@ -63,13 +69,18 @@ def nonbonded_formula(
         epsilon4 = first["depth"] * second["depth"]
         x = (sigma * sigma * inverse2) ** 3
         lennard_jones = epsilon4 * x * (x - 1)
-        if dispersion is not None:
+        if dispersion:
             # What the mesh attracts is taken back, and a constant closes the step at the cutoff.
-            series = Series("dispersion", dispersion)
             alpha2 = common["dispersion_alpha"] * common["dispersion_alpha"]
-            share = 0.5 * alpha2**3 * graph.series(series, u)
-            cutoff2 = cutoff * cutoff
-            at_cutoff = 0.5 * alpha2**3 * graph.series(series, cutoff2)
+
+            def mesh_share(square: Node) -> Node:
+                if dispersion_degree is None:
+                    return alpha2**3 * dispersion_damping(alpha2 * square)
+                series = Series("dispersion", dispersion_degree)
+                return 0.5 * alpha2**3 * graph.series(series, square)
+
+            share, cutoff2 = mesh_share(u), cutoff * cutoff
+            at_cutoff = mesh_share(cutoff2)
             y = (sigma * sigma / cutoff2) ** 3
             c6 = first["c6"] * second["c6"]
             lennard_jones = lennard_jones + c6 * (share - at_cutoff) - epsilon4 * y * (y - 1)
@@ -87,6 +98,8 @@ def nonbonded_formula(
             k = (dielectric - 1) / (2 * dielectric + 1) / cutoff**3
             c = 3 * dielectric / (2 * dielectric + 1) / cutoff
             screened = inverse + k * u - c
+        elif degree is None:
+            screened = graph.apply("erfc", common["alpha"] * (u * inverse)) * inverse
         else:
             # erfc(alpha r)/r = 1/r - alpha B_1/2(alpha^2 r^2)/sqrt(pi), without an exponential.
             mesh = graph.series(Series("coulomb", degree), u)
@@ -126,7 +139,7 @@ def nonbonded_kernel(
     alphas = {"coulomb": settings.alpha, "dispersion": settings.dispersion_alpha}
     ewald, mesh = settings.method.ewald, settings.dispersion_alpha > 0
     degrees = {
-        name: tables.degree(name, alphas[name], settings.cutoff, accuracy) if on else 0
+        name: tables.degree(name, alphas[name], settings.cutoff, accuracy) if on else None
         for name, on in (("coulomb", ewald), ("dispersion", mesh))
     }
     electrostatics = "reaction field"
@@ -137,8 +150,9 @@ def nonbonded_kernel(
     formula = nonbonded_formula(
         electrostatics=electrostatics,
         switched=switched,
-        dispersion=degrees["dispersion"] if mesh else None,
+        dispersion=mesh,
         degree=degrees["coulomb"],
+        dispersion_degree=degrees["dispersion"],
     )
     constants = (settings.cutoff, settings.alpha, settings.dispersion_alpha)
     return PairKernel(

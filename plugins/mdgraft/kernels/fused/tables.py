@@ -18,6 +18,8 @@ from mdgraft.kernels.fused.graph import Series
 
 #: Exponent a by the name of the series.
 EXPONENTS = {"coulomb": 0.5, "dispersion": 3.0}
+#: Polynomials of higher degrees lose digits.
+_HIGHEST = 40
 
 
 def screening(exponent: float, x: np.ndarray) -> np.ndarray:
@@ -32,18 +34,29 @@ def screening(exponent: float, x: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def degree(name: str, alpha: float, cutoff: float, accuracy: float) -> int:
-    """Degree at which the polynomial up to a cutoff is as accurate as asked for."""
+def degree(name: str, alpha: float, cutoff: float, accuracy: float) -> int | None:
+    """Degree at which the polynomial up to a cutoff is as accurate as asked for.
+
+    None if none is: where alpha times the cutoff is large, powers cancel.
+    """
     n = 64
     x = 0.5 * (np.polynomial.chebyshev.chebpts1(n) + 1) * (alpha * cutoff) ** 2
-    coefficients = np.polynomial.chebyshev.chebfit(
+    fitted = np.polynomial.chebyshev.chebfit(
         np.polynomial.chebyshev.chebpts1(n), screening(EXPONENTS[name], x), n - 1
     )
-    tail = np.cumsum(np.abs(coefficients)[::-1])[::-1]
-    enough = np.flatnonzero(tail <= accuracy * np.abs(coefficients).max())
+    tail = np.cumsum(np.abs(fitted)[::-1])[::-1]
+    enough = np.flatnonzero(tail <= accuracy * np.abs(fitted).max())
     found = int(enough[0]) if len(enough) else n - 1
     # Even degrees only, so that code is compiled less often.
-    return min(2 * math.ceil(found / 2), 40)
+    chosen = min(2 * math.ceil(found / 2), _HIGHEST)
+    u = np.linspace(0, cutoff**2, 500)
+    for order in range(3):
+        factor, shift, *powers = coefficients(Series(name, chosen, order), alpha, cutoff)
+        exact = (-(alpha**2)) ** order * screening(EXPONENTS[name] + order, alpha**2 * u)
+        error = np.abs(np.polynomial.polynomial.polyval(factor * u + shift, powers) - exact)
+        if error.max() > 10 * accuracy * np.abs(exact).max():
+            return None
+    return chosen
 
 
 @functools.lru_cache(maxsize=256)

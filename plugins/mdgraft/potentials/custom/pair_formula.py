@@ -149,6 +149,5 @@ def expression_kernel(
         cutoff=cutoff,
         exclusions=Exclusions.of_pairs(exclusions, n_particles),
         constants=dict(zip(CONSTANTS, (cutoff, tiny), strict=True)),
-        table=lambda series: np.empty(0),
         reference=reference,
     )
