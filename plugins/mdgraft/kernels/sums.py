@@ -21,6 +21,7 @@ from mdgraft.kernels.derivatives import (
     _Gradient,
     _needed,
     _product,
+    _shared,
 )
 from mdgraft.kernels.kernel import Kernel
 
@@ -80,13 +81,9 @@ class _Sums(torch.autograd.Function):
         tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[1:])
         (weights,) = grad_outputs
         apply: Any = _Gradient.apply
-        gradients = apply(ctx.call, tuple(_weighted(wanted, False)), *_weighted(tensors, weights))
-        found: list[Tensor | None] = []
-        for k, (gradient, on, framed) in enumerate(
-            zip(gradients, _weighted(wanted, False), ctx.call.framed, strict=True)
-        ):
-            if k != WEIGHTS:
-                found.append((gradient if framed else gradient.sum(dim=0)) if on else None)
+        inputs, needed = _weighted(tensors, weights), _weighted(wanted, False)
+        found = _shared(ctx.call, apply(ctx.call, tuple(needed), *inputs), inputs, needed)
+        del found[WEIGHTS]
         return (None, *found)
 
     @staticmethod

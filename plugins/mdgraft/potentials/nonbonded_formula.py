@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 CONSTANTS = ("cutoff", "alpha", "dispersion_alpha")
 
 
+def switch(distance: Node, start: Node, cutoff: Node) -> Node:
+    """The switching function of `pair_forms.switch`."""
+    t = (distance - start) / (cutoff - start)
+    return t.graph.select(t > 0, 1 - t**3 * (10 - t * (15 - 6 * t)), 1.0)
+
+
 @functools.lru_cache(maxsize=64)
 def nonbonded_formula(
     *,
@@ -85,11 +91,9 @@ def nonbonded_formula(
             c6 = first["c6"] * second["c6"]
             lennard_jones = lennard_jones + c6 * (share - at_cutoff) - epsilon4 * y * (y - 1)
         elif switched:
-            distance = u * inverse
-            start = common["switching_distance"]
-            t = (distance - start) / (cutoff - start)
-            s = 1 - t**3 * (10 - t * (15 - 6 * t))
-            lennard_jones = lennard_jones * graph.select(t > 0, s, 1.0)
+            lennard_jones = lennard_jones * switch(
+                u * inverse, common["switching_distance"], cutoff
+            )
         charges = first["charge"] * second["charge"]
         if electrostatics == "coulomb":
             screened = inverse

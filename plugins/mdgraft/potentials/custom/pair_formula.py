@@ -14,6 +14,7 @@ from mdgraft.kernels.fused.graph import Graph, Node
 from mdgraft.kernels.fused.lepton import Description, Distance, translate
 from mdgraft.kernels.fused.pair_kernel import PairKernel
 from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.potentials.nonbonded_formula import switch
 
 #: Numbers that formulas need: the cutoff, and up to which square a distance is zero.
 CONSTANTS = ("cutoff", "tiny")
@@ -75,10 +76,8 @@ def expression_formula(
             distance = Distance(u, common["tiny"], rooted=True)
             result = translate(description, graph, values, distance)
         if switched:
-            cutoff, start = common["cutoff"], common[shared[-1]]
-            t = (distance.times(graph.constant(1.0), 1) - start) / (cutoff - start)
-            s = 1 - t**3 * (10 - t * (15 - 6 * t))
-            result = result * graph.select(t > 0, s, 1.0)
+            r = distance.times(graph.constant(1.0), 1)
+            result = result * switch(r, common[shared[-1]], common["cutoff"])
         return result
 
     def weighted(
