@@ -135,6 +135,42 @@ def test_freeze_and_unfreeze():
         potential.freeze("Bond.*")
 
 
+def test_some_terms_alone():
+    potential = make().tie("all", {"Anchor.k": [0], "Spring.k": ...}, value=1.5)
+    potential.tie("anchor", {"Anchor.k": [1, 2]}, value=2.0)
+    part = potential.only("Spr*")
+    assert part.term_names == ("Spring",)
+    assert {*part.units} == {"Spring.k", "globals.training", "tied.all"}
+    assert {n for n, _ in part.named_parameters()} == {*part.units}
+    assert part(X).item() == potential.energy_by_term(X)["Spring"].item() == 0.5 * 0.75 * 6
+    # Parameters are the same objects, and the potential itself has not changed.
+    with torch.no_grad():
+        part.get_parameter("tied.all").fill_(3.0)
+    assert potential(X).item() == part(X).item() + potential.only("Anchor")(X).item()
+    assert potential.term_names == ("Anchor", "Spring")
+    assert potential.only("*", "Anchor")(X).item() == potential(X).item()
+    with pytest.raises(mdgraft.InvalidInputError, match="'Bond' matches no term; there are"):
+        potential.only("Bond")
+
+
+class AnyCell(Springs):
+    general_cell = True
+
+
+def test_any_cell_if_all_periodic_terms_take_it():
+    oblique = torch.tensor([[0, 2.0, 0], [1.0, 0, 0], [9.0, 0, -1.0]]).double()
+    terms = {"A": AnyCell([1.0, 1.0, 1.0], periodic=True), "B": Springs([1.0, 1.0, 1.0])}
+    potential = Potential(terms, n_particles=3)
+    assert potential.general_cell
+    assert potential(X, oblique).item() == 6.0 - 1.0
+    with pytest.raises(mdgraft.InvalidInputError, match="spans no volume"):
+        potential(X, torch.ones(3, 3))
+    mixed = Potential(terms | {"C": Springs([1.0, 1.0, 1.0], periodic=True)}, n_particles=3)
+    assert not mixed.general_cell
+    with pytest.raises(mdgraft.InvalidInputError, match="must be positive"):
+        mixed(X, oblique)
+
+
 class TestTies:
     def test_one_value_for_many_terms(self):
         potential = make().tie("k", {"Anchor.k": [0], "Spring.k": ...}, value=2.0)

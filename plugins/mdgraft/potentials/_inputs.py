@@ -77,8 +77,8 @@ def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
-def check_frames(frames: Tensor, cells: Tensor | None) -> None:
-    """Raise for NaN, infinity, or a box that is not in reduced form."""
+def check_frames(frames: Tensor, cells: Tensor | None, *, reduced: bool = True) -> None:
+    """Raise for NaN, infinity, or a box without volume or, if it must be, not in reduced form."""
 
     def positions_are_finite(x: Tensor) -> Tensor:
         if not bool(torch.isfinite(x).all()):
@@ -92,6 +92,8 @@ def check_frames(frames: Tensor, cells: Tensor | None) -> None:
     def box_is_reduced(h: Tensor) -> Tensor:
         if not bool(torch.isfinite(h).all()):
             raise InvalidInputError("box: holds NaN or infinity")
+        if not reduced:
+            return spans_a_volume(h)
         diagonal = h.diagonal(dim1=-2, dim2=-1)
         negative = (diagonal <= 0).any(dim=-1)
         if bool(negative.any()):
@@ -109,6 +111,15 @@ def check_frames(frames: Tensor, cells: Tensor | None) -> None:
                 "lie along x, the second in the xy plane, and off-diagonal elements must not "
                 "exceed half of the diagonal "
                 "(openmm.app.internal.unitcell.reducePeriodicBoxVectors reduces it)"
+            )
+        return torch.empty(0, dtype=torch.long, device=h.device)
+
+    def spans_a_volume(h: Tensor) -> Tensor:
+        flat = torch.linalg.det(h.double()).abs() <= 1e-9 * h.double().norm(dim=-1).prod(dim=-1)
+        if bool(flat.any()):
+            raise InvalidInputError(
+                f"box: {h[flat][0].tolist()} spans no volume; wanted three linearly independent "
+                "vectors, also where a direction is not periodic"
             )
         return torch.empty(0, dtype=torch.long, device=h.device)
 

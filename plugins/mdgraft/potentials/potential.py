@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,8 +98,8 @@ class Potential(nn.Module):
         positions
             ``(..., N, 3)`` [nm]. Rows of virtual sites are recomputed from their parents.
         box
-            ``(..., 3, 3)`` box vectors as rows [nm] in reduced form, broadcast over frames.
-            Required when `periodic`.
+            ``(..., 3, 3)`` box vectors as rows [nm], broadcast over frames. Required when
+            `periodic`. In reduced form, unless `general_cell` is true.
 
         Returns
         -------
@@ -129,7 +130,7 @@ class Potential(nn.Module):
         potential's own parameters.
         """
         frames, cells, leading = as_frames(self, positions, box)
-        check_frames(frames, cells)
+        check_frames(frames, cells, reduced=not self.general_cell)
         sites = self._modules["sites"]
         if sites is not None:
             frames = sites(frames, cells)
@@ -181,6 +182,13 @@ class Potential(nn.Module):
         """Whether a box is needed."""
         needs_box = bool(getattr(self._modules["sites"], "periodic", False))
         return needs_box or any(self.term(name).periodic for name in self.term_names)
+
+    @property
+    def general_cell(self) -> bool:
+        """Whether any cell with a volume will do, rather than OpenMM's reduced form alone."""
+        periodic = [self.term(name) for name in self.term_names if self.term(name).periodic]
+        sites = bool(getattr(self._modules["sites"], "periodic", False))
+        return bool(periodic) and not sites and all(term.general_cell for term in periodic)
 
     @property
     def framewise(self) -> bool:
@@ -239,6 +247,50 @@ class Potential(nn.Module):
         return ties.substitute(values, scalars)
 
     # Selection --------------------------------------------------------------------------------
+
+    def only(self, *patterns: str) -> Potential:
+        """The potential of some terms alone.
+
+        Parameters
+        ----------
+        patterns
+            Shell-style patterns of term names. Terms whose parameters a chosen one borrows come
+            along.
+
+        Returns
+        -------
+        Potential
+            Shares parameters, ties, global parameters and virtual sites with this one.
+
+        Raises
+        ------
+        InvalidInputError
+            For a pattern without a match.
+        """
+        names: set[str] = set()
+        for pattern in patterns:
+            matches = fnmatch.filter(self.term_names, pattern)
+            if not matches:
+                raise InvalidInputError(
+                    f"patterns: {pattern!r} matches no term; there are {list(self.term_names)}"
+                )
+            names.update(matches)
+        names |= {other for name in names for other in self.term(name).borrows}
+        part = copy.copy(self)
+        part.term_names = tuple(name for name in self.term_names if name in names)
+        ties = self._modules["tied"]
+        assert isinstance(ties, Ties)
+        ties = ties.only(part.term_names)
+        kept = {k: v for k, v in self._modules.items() if k not in self.term_names or k in names}
+        part._modules = kept | {"tied": ties}
+        part.routes = {name: self.routes[name] for name in part.term_names}
+        tied = {f"tied.{label}" for label in ties.members()}
+        part.units = {
+            key: unit
+            for key, unit in self.units.items()
+            if key in tied or key.partition(".")[0] in {*names, "globals"}
+        }
+        return part
 
     def freeze(self, *patterns: str) -> Potential:
         """Make the parameters that match a shell-style pattern constant.

@@ -19,6 +19,8 @@ class AbstractTerm(nn.Module, abc.ABC):
 
     #: Whether the energy depends on the box.
     periodic: bool
+    #: Whether any cell with a volume will do, rather than OpenMM's reduced form alone.
+    general_cell: bool = False
     #: Names of other terms whose values this one gets as well, as ``<term>.<parameter>``.
     borrows: tuple[str, ...] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,21 @@ class Ties(nn.Module):
         for position, (index, factor) in enumerate(members.values()):
             self._buffers[f"{label}_index_{position}"] = index
             self._buffers[f"{label}_factor_{position}"] = factor
+
+    def only(self, terms: Collection[str]) -> Ties:
+        """The ties that reach parameters of these terms or global ones, with the same scalars."""
+        part, owners = Ties(), {*terms, "globals"}
+        for label, names in self._members.items():
+            kept = [i for i, name in enumerate(names) if name.partition(".")[0] in owners]
+            if not kept:
+                continue
+            part._parameters[label] = self._parameters[label]
+            part._members[label] = tuple(names[i] for i in kept)
+            for position, i in enumerate(kept):
+                for kind in ("index", "factor"):
+                    buffer = self._buffers[f"{label}_{kind}_{i}"]
+                    part._buffers[f"{label}_{kind}_{position}"] = buffer
+        return part
 
     def substitute(
         self, values: Mapping[str, Tensor], scalars: Mapping[str, Tensor]

@@ -1,0 +1,1 @@
+"""ASE adapter: calculators to Potential, Potential to calculator."""
