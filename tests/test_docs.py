@@ -66,7 +66,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["mdgraft", "mdgraft_openmm", "mdgraft.ensembles", "mdgraft.fitting", "mdgraft.lepton"],
+    [
+        "mdgraft",
+        "mdgraft_ase",
+        "mdgraft_openmm",
+        "mdgraft.constraints",
+        "mdgraft.dynamics",
+        "mdgraft.ensembles",
+        "mdgraft.fitting",
+        "mdgraft.lepton",
+        "mdgraft.montecarlo",
+        "mdgraft.neural",
+    ],
 )
 def test_api_reference_is_complete(package: str) -> None:
     page = ROOT / "docs/api" / f"{package.partition('.')[0]}.md"

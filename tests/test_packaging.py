@@ -22,7 +22,17 @@ import rattler_build
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = [Path(p) for p in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
-HOSTS = ("openmm", "openmmtorch", "openmmml", "simtk", "ase", "MDAnalysis", "parmed", "pymbar", "pyscf")
+HOSTS = (
+    "openmm",
+    "openmmtorch",
+    "openmmml",
+    "simtk",
+    "ase",
+    "MDAnalysis",
+    "parmed",
+    "pymbar",
+    "pyscf",
+)
 
 # From the ground up; a floor imports itself and the floors below.
 FLOORS = (
@@ -32,7 +42,16 @@ FLOORS = (
     ("potentials",),
     ("constraints",),
     ("neural",),
-    ("_graft", "_comparison", "estimate", "ensembles", "dynamics", "montecarlo", "relaxation"),
+    (
+        "_graft",
+        "_comparison",
+        "_model_checks",
+        "estimate",
+        "ensembles",
+        "dynamics",
+        "montecarlo",
+        "relaxation",
+    ),
     ("biasing", "fitting", "testing", "testsystems"),
     ("_console", "cli", "__main__"),
 )

@@ -27,7 +27,8 @@ def graft(
     ----------
     host_object
         For OpenMM a ``System``, ``Context`` or ``Simulation``. A ``Context`` also supplies the
-        present values of global parameters and the PME settings it runs with.
+        present values of global parameters and the PME settings it runs with. For ASE ``Atoms``
+        with a calculator, or a calculator that has seen its atoms.
     dtype
         ``torch.float64`` or ``torch.float32``.
     device

@@ -188,7 +188,7 @@ class Potential(nn.Module):
         """Whether any cell with a volume will do, rather than OpenMM's reduced form alone."""
         periodic = [self.term(name) for name in self.term_names if self.term(name).periodic]
         sites = bool(getattr(self._modules["sites"], "periodic", False))
-        return bool(periodic) and not sites and all(term.general_cell for term in periodic)
+        return not sites and all(term.general_cell for term in periodic)
 
     @property
     def framewise(self) -> bool:

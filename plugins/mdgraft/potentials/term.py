@@ -14,7 +14,9 @@ class AbstractTerm(nn.Module, abc.ABC):
 
     A term holds topology in buffers and numbers that can be trained in parameters. Its `forward`
     is a pure function of the *values* it is handed, so that a `Potential` can tie, replace or
-    batch them; it must be differentiable to every order in positions, box and values.
+    batch them; it must be differentiable to every order in positions, box and values. A term that
+    shares its energy among particles may say so by a method ``particle_energies`` with the
+    arguments of `forward` and a result ``(frames, N)``.
     """
 
     #: Whether the energy depends on the box.

@@ -1,0 +1,1 @@
+"""Interatomic potentials over all periodic images, in any cell, as materials codes have them."""
