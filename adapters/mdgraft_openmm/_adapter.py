@@ -16,6 +16,7 @@ from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_openmm._converter import Host, global_key, number
 from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class, uses_box
+from mdgraft_openmm.export.term import TorchTerm
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -140,7 +141,8 @@ def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, Abstract
             missing.append(f"{name} ({type(force).__name__})")
             continue
         if native is None or (routes[name] == "host" and not _lends(native)):
-            native = host_term(host, force, native)
+            # The host knows no parameters of a module.
+            native = host_term(host, force, None if isinstance(native, TorchTerm) else native)
         terms[name] = native
     if missing:
         raise UnsupportedForceError(

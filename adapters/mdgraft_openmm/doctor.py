@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import platform
-import signal
-import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
 from typing import Any
+
+from mdgraft_openmm._trials import (
+    ENERGY,
+    SYSTEM,
+    TIMEOUT,
+    TORCH_FORCE,
+    TORCH_FORCE_COPIED,
+    Trial,
+    run_trial,
+)
 
 WORKS, BROKEN, MISSING = "works", "broken", "missing"
 
-_TIMEOUT = 120.0  # [s] a first start with a cold disk is slow
 _KNOWN_PLATFORMS = ("Reference", "CPU", "OpenCL", "CUDA", "HIP")
 _PLATFORM_REMEDIES = {
     "OpenCL": "install the OpenCL driver of the GPU",
@@ -71,51 +75,18 @@ _OPENMM = """
 import json, openmm
 names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
 failures = list(openmm.Platform.getPluginLoadFailures())
-print(json.dumps({"version": openmm.__version__, "platforms": names, "failures": failures}))
-"""
-_SYSTEM = """
-import json, openmm
-system = openmm.System()
-for _ in range(2):
-    system.addParticle(1.0)
-"""
-_ENERGY = """
-context = openmm.Context(system, openmm.VerletIntegrator(0.001),
-                         openmm.Platform.getPlatformByName(NAME))
-context.setPositions([[0.0, 0.0, 0.0], [0.3, 0.4, 0.0]])
-state = context.getState(energy=True, forces=True)
-energy = state.getPotentialEnergy()._value
-force = state.getForces()[0]._value[0]
-assert abs(energy - ENERGY) < 1e-4 and abs(force - FORCE) < 1e-3, (energy, force)
-print(json.dumps({"energy": energy}))
+found = {"version": openmm.__version__, "platforms": names, "failures": failures}
+print(json.dumps(found | {"python_force": hasattr(openmm, "PythonForce")}))
 """
 _PLATFORM = (
-    _SYSTEM
+    SYSTEM
     + """
 bond = openmm.HarmonicBondForce()
 bond.addBond(0, 1, 0.3, 100.0)
 system.addForce(bond)
 ENERGY, FORCE = 2.0, 12.0
 """
-    + _ENERGY
-)
-_TORCH_FORCE = (
-    """
-import os, tempfile, torch, openmmtorch
-class Energy(torch.nn.Module):
-    def forward(self, positions):
-        return (positions ** 2).sum()
-"""
-    + _SYSTEM
-    + """
-with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "energy.pt")
-    torch.jit.script(Energy()).save(path)
-    force = openmmtorch.TorchForce(path)
-system.addForce(force)
-ENERGY, FORCE = 0.25, 0.0
-"""
-    + _ENERGY
+    + ENERGY
 )
 
 
@@ -170,7 +141,7 @@ class DoctorReport:
         return {"healthy": self.healthy, **dataclasses.asdict(self)}
 
 
-def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
+def doctor(*, timeout: float = TIMEOUT) -> DoctorReport:
     """Try every host, plug-in and platform, each in a process of its own.
 
     Broken combinations can kill the process that they run in, so none runs in this one.
@@ -187,21 +158,22 @@ def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
     findings = [_python()]
     # Few at a time: each trial loads large libraries.
     with concurrent.futures.ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        torch = pool.submit(_run, _TORCH, timeout)
-        openmm = pool.submit(_run, _OPENMM, timeout)
+        torch = pool.submit(run_trial, _TORCH, timeout)
+        openmm = pool.submit(run_trial, _OPENMM, timeout)
         optional = {name: pool.submit(_optional, name, timeout) for name in _OPTIONAL}
         findings.append(_torch(torch.result()))
         findings.append(_openmm(openmm.result()))
-        findings.append(_kernels(pool.submit(_run, _KERNELS, timeout).result()))
+        findings.append(_kernels(pool.submit(run_trial, _KERNELS, timeout).result()))
         offered = openmm.result().answer.get("platforms", [])
         failures = openmm.result().answer.get("failures", [])
         names = [*_KNOWN_PLATFORMS, *(n for n in offered if n not in _KNOWN_PLATFORMS)]
         platforms = {
-            name: pool.submit(_run, f"NAME = {name!r}\n{_PLATFORM}", timeout)
+            name: pool.submit(run_trial, f"NAME = {name!r}\n{_PLATFORM}", timeout)
             for name in names
             if name in offered
         }
         findings += [_platform(name, platforms.get(name), failures) for name in names]
+        findings.append(_python_force(openmm.result()))
         plugin = _version("openmmtorch")
         if plugin is None:
             findings.append(
@@ -215,58 +187,17 @@ def doctor(*, timeout: float = _TIMEOUT) -> DoctorReport:
         else:
             findings.append(Finding(name="openmm-torch", status=WORKS, detail=plugin))
             trials = {
-                name: pool.submit(_run, f"NAME = {name!r}\n{_TORCH_FORCE}", timeout)
+                name: pool.submit(run_trial, f"NAME = {name!r}\n{TORCH_FORCE}", timeout)
                 for name in platforms
                 if platforms[name].result().ok
             }
-            forces = [_torch_force(name, trial.result()) for name, trial in trials.items()]
+            copied = pool.submit(run_trial, f"NAME = 'Reference'\n{TORCH_FORCE_COPIED}", timeout)
+            forces = [_torch_force(f"on {name}", t.result()) for name, t in trials.items()]
             if all(f.status != WORKS for f in forces):
                 findings[-1] = dataclasses.replace(findings[-1], status=BROKEN, remedy=_TORCHFORCE)
-            findings += forces
+            findings += [*forces, _torch_force("inside another force", copied.result())]
         findings += [future.result() for future in optional.values()]
     return DoctorReport(findings=findings)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """How a probe ended."""
-
-    ok: bool
-    answer: dict[str, Any]
-    error: str
-
-
-def _run(code: str, timeout: float) -> _Trial:
-    # A file, since TorchScript wants to read the source; in a folder that shadows no module.
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "probe.py"
-        script.write_text(code, encoding="utf-8")
-        command = [sys.executable, "-W", "ignore", str(script)]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return _Trial(ok=False, answer={}, error=f"no answer within {timeout:g} s")
-    if done.returncode == 0:
-        try:
-            answer = json.loads(done.stdout.strip().splitlines()[-1])
-        except (IndexError, json.JSONDecodeError):
-            return _Trial(ok=False, answer={}, error="ended without an answer")
-        return _Trial(ok=True, answer=answer, error="")
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode < 0:
-        try:
-            name = signal.Signals(-done.returncode).name
-        except ValueError:
-            name = f"signal {-done.returncode}"
-        last = f"the process dies ({name}): {last}"
-    return _Trial(ok=False, answer={}, error=textwrap.shorten(last, 300))
 
 
 def _python() -> Finding:
@@ -280,7 +211,7 @@ def _python() -> Finding:
     )
 
 
-def _torch(trial: _Trial) -> Finding:
+def _torch(trial: Trial) -> Finding:
     if not trial.ok:
         return _failed("PyTorch", "torch", trial, "pip install torch", essential=True)
     cuda = trial.answer["cuda"]
@@ -292,7 +223,7 @@ def _torch(trial: _Trial) -> Finding:
     )
 
 
-def _openmm(trial: _Trial) -> Finding:
+def _openmm(trial: Trial) -> Finding:
     if not trial.ok:
         return _failed("OpenMM", "openmm", trial, "pip install openmm", essential=True)
     detail = str(trial.answer["version"])
@@ -307,7 +238,7 @@ def _openmm(trial: _Trial) -> Finding:
 
 
 def _platform(
-    name: str, trial: concurrent.futures.Future[_Trial] | None, failures: Sequence[str]
+    name: str, trial: concurrent.futures.Future[Trial] | None, failures: Sequence[str]
 ) -> Finding:
     label = f"OpenMM platform {name}"
     # The Reference platform is the yardstick of every check.
@@ -339,7 +270,7 @@ def _reason(name: str, failures: Sequence[str]) -> str:
     return "not part of this OpenMM"
 
 
-def _kernels(trial: _Trial) -> Finding:
+def _kernels(trial: Trial) -> Finding:
     name = "compiled kernels"
     if not trial.ok:
         remedy = "install numba again, or set MDGRAFT_KERNELS=plain to do without"
@@ -348,11 +279,23 @@ def _kernels(trial: _Trial) -> Finding:
     return Finding(name=name, status=WORKS, detail=detail.format(**trial.answer))
 
 
-def _torch_force(name: str, trial: _Trial) -> Finding:
-    label = f"TorchForce on {name}"
+def _python_force(trial: Trial) -> Finding:
+    name = "PythonForce"
+    if trial.answer.get("python_force"):
+        return Finding(name=name, status=WORKS, detail="runs any torch module on every platform")
+    detail = "runs torch modules; came with OpenMM 8.5" if trial.ok else "OpenMM does not start"
+    return Finding(name=name, status=MISSING, detail=detail, remedy='pip install "openmm>=8.5"')
+
+
+def _torch_force(where: str, trial: Trial) -> Finding:
+    label = f"TorchForce {where}"
     if trial.ok:
         return Finding(name=label, status=WORKS, detail="energy and forces are right")
-    return Finding(name=label, status=BROKEN, detail=trial.error, remedy=_TORCHFORCE)
+    remedy = _TORCHFORCE
+    if "process dies" in trial.error:
+        # Nothing can be caught there, so that a force must not come so far.
+        remedy = "use the backend PythonForce, or OpenMM 8.4 with torch 2.9.1"
+    return Finding(name=label, status=BROKEN, detail=trial.error, remedy=remedy)
 
 
 def _optional(module: str, timeout: float) -> Finding:
@@ -360,7 +303,7 @@ def _optional(module: str, timeout: float) -> Finding:
     install = f"pip install {distribution}"
     if _version(distribution) is None:
         return Finding(name=name, status=MISSING, detail="optional", remedy=install)
-    trial = _run(f"import {module}, json\nprint(json.dumps({{}}))", timeout)
+    trial = run_trial(f"import {module}, json\nprint(json.dumps({{}}))", timeout)
     if not trial.ok:
         return _failed(name, distribution, trial, install, essential=False)
     adapters = {entry.name for entry in entry_points(group="mdgraft.adapters")}
@@ -368,9 +311,7 @@ def _optional(module: str, timeout: float) -> Finding:
     return Finding(name=name, status=WORKS, detail=f"{_version(distribution)}{has_adapter}")
 
 
-def _failed(
-    name: str, distribution: str, trial: _Trial, remedy: str, *, essential: bool
-) -> Finding:
+def _failed(name: str, distribution: str, trial: Trial, remedy: str, *, essential: bool) -> Finding:
     installed = _version(distribution)
     return Finding(
         name=name,

@@ -20,10 +20,17 @@ from mdgraft import (
 )
 
 from mdgraft_openmm._converter import number
+from mdgraft_openmm.export.availability import COPIES, load_openmm_torch, torch_force_fault
 
 #: Elements of a serialised System or State in which every attribute is a number.
 _NUMERIC = {"A", "B", "C", "Angle", "Bond", "Constraint", "Exception", "Particle", "Position"}
 _NUMERIC |= {"Torsion"}
+#: Forces whose files hold programs, and how; the search is for their names inside others' too.
+_WITH_CODE = {
+    "PythonForce": "a pickle",
+    "PythonTorchForce": "a pickle",
+    "TorchForce": "a TorchScript program",
+}
 _STRUCTURES = {".cif", ".mmcif", ".pdb", ".pdbx"}
 
 
@@ -35,8 +42,9 @@ def read_system(path: str | Path, *, trust: bool = False) -> openmm.System:
     path
         The XML file.
     trust
-        Load files whose deserialisation runs code. A ``PythonForce`` is stored as a pickle, and
-        plug-ins do as they like.
+        Load files whose deserialisation runs code. A ``PythonForce`` is stored as a pickle, also
+        inside of a ``CustomCVForce``, a ``TorchForce`` as a TorchScript program, and plug-ins do
+        as they like.
 
     Returns
     -------
@@ -243,6 +251,8 @@ def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> A
     # Plug-ins crash on faulty input, and nothing could be done with their forces anyway.
     if foreign and not trust:
         raise _foreign(argument, path, foreign)
+    if trust and not {"TorchForce", "PythonTorchForce"}.isdisjoint(foreign):
+        _load_openmm_torch(argument, path)
     try:
         return openmm.XmlSerializer.deserialize(text)
     except (ValueError, openmm.OpenMMException) as error:
@@ -251,6 +261,15 @@ def _deserialise(argument: str, path: str | Path, wanted: str, trust: bool) -> A
         raise InvalidInputError(
             f"{argument}: {path} is XML, but not that of a serialised {wanted} ({error})"
         ) from error
+
+
+def _load_openmm_torch(argument: str, path: str | Path) -> None:
+    """Register its classes, unless that would end the process."""
+    if fault := torch_force_fault("Reference") or torch_force_fault(COPIES):
+        raise UnsupportedForceError(
+            f"{argument}: {path} holds a force of openmm-torch, which does not work here: {fault}"
+        )
+    load_openmm_torch()
 
 
 def _foreign(argument: str, path: str | Path, kinds: list[str]) -> UnsupportedForceError:
@@ -267,12 +286,13 @@ def _refuse_code(argument: str, path: str | Path, text: str) -> None:
     decoded = text
     while (again := html.unescape(decoded)) != decoded:
         decoded = again
-    if "pythonforce" in decoded.lower():
-        raise UntrustedInputError(
-            f"{argument}: {path} mentions a PythonForce, which is stored as a pickle: loading it "
-            "would run code from that file. Pass --trust (trust=True) if you trust where it "
-            "comes from"
-        )
+    for kind, stored in _WITH_CODE.items():
+        if kind.lower() in decoded.lower():
+            raise UntrustedInputError(
+                f"{argument}: {path} mentions a {kind}, which is stored as {stored}: loading it "
+                "would run code from that file. Pass --trust (trust=True) if you trust where it "
+                "comes from"
+            )
     if re.search(r"<!(DOCTYPE|ENTITY)", decoded, re.IGNORECASE):
         raise UntrustedInputError(
             f"{argument}: {path} declares XML entities, which no serialised object needs and which "

@@ -2,13 +2,17 @@
 
 from mdgraft._errors import BoxTooSmallError as BoxTooSmallError
 from mdgraft._errors import ConfigurationError as ConfigurationError
+from mdgraft._errors import ConstraintError as ConstraintError
+from mdgraft._errors import DeviceKernelWarning as DeviceKernelWarning
 from mdgraft._errors import InsufficientOverlapError as InsufficientOverlapError
 from mdgraft._errors import InvalidInputError as InvalidInputError
 from mdgraft._errors import MDGraftError as MDGraftError
 from mdgraft._errors import MDGraftWarning as MDGraftWarning
 from mdgraft._errors import MissingBoxError as MissingBoxError
+from mdgraft._errors import NonConservativeForceWarning as NonConservativeForceWarning
 from mdgraft._errors import ParameterMismatchError as ParameterMismatchError
 from mdgraft._errors import SimulationError as SimulationError
+from mdgraft._errors import UnavailableBackendError as UnavailableBackendError
 from mdgraft._errors import UnsupportedDerivativeError as UnsupportedDerivativeError
 from mdgraft._errors import UnsupportedForceError as UnsupportedForceError
 from mdgraft._errors import UnsupportedHostError as UnsupportedHostError

@@ -51,9 +51,25 @@ class SimulationError(MDGraftError, RuntimeError):
     """A simulation blew up, or the host could not run it."""
 
 
+class ConstraintError(MDGraftError, RuntimeError):
+    """Constraints cannot be met, depend on each other, or are not met closely enough."""
+
+
+class UnavailableBackendError(MDGraftError, RuntimeError):
+    """A way to run a model in the host that does not work here, or not for this model."""
+
+
 class UntrustedInputError(MDGraftError):
     """An input file would run code when it is loaded."""
 
 
 class MDGraftWarning(UserWarning):
     """Base of all warnings issued by mdgraft."""
+
+
+class NonConservativeForceWarning(MDGraftWarning):
+    """Forces are not the gradient of the energy that they come with."""
+
+
+class DeviceKernelWarning(MDGraftWarning):
+    """A kernel for GPUs is not used, or could not be checked."""

@@ -8,7 +8,9 @@ from importlib.metadata import version
 import mdgraft_openmm.doctor as module
 import openmm
 import pytest
+from mdgraft_openmm._trials import run_trial
 from mdgraft_openmm.doctor import DoctorReport, Finding, doctor
+from mdgraft_openmm.export import availability
 
 PLATFORMS = {
     openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())
@@ -61,6 +63,21 @@ def test_without_openmm_torch_it_says_what_to_install(monkeypatch: pytest.Monkey
     assert "TorchForce on Reference" not in found
 
 
+def test_python_force_is_told_about(report: DoctorReport) -> None:
+    assert (report.status("PythonForce") == "works") == hasattr(openmm, "PythonForce")
+
+
+@pytest.mark.openmmtorch
+def test_torch_force_is_told_about_as_it_is(report: DoctorReport) -> None:
+    """What the table of measured combinations says agrees with what a trial finds."""
+    statuses = {f.name: f.status for f in report.findings}
+    for platform in PLATFORMS:
+        fault = availability.torch_force_fault(platform)
+        assert (statuses[f"TorchForce on {platform}"] == "works") == (fault is None), fault
+    fault = availability.torch_force_fault(availability.COPIES)
+    assert (statuses["TorchForce inside another force"] == "works") == (fault is None), fault
+
+
 @pytest.mark.openmmtorch
 def test_torch_force_works_on_reference_and_cpu(report: DoctorReport) -> None:
     assert report.status("openmm-torch") == "works"
@@ -79,13 +96,13 @@ TRIALS = {
 
 @pytest.mark.parametrize(("code", "error"), TRIALS.values(), ids=TRIALS)
 def test_a_trial_may_end_in_any_way(code: str, error: str) -> None:
-    trial = module._run(code, 0.5 if "sleep" in code else 60.0)
+    trial = run_trial(code, 0.5 if "sleep" in code else 60.0)
     assert not trial.ok
     assert error in trial.error
 
 
 def test_noise_before_the_answer_is_ignored() -> None:
-    trial = module._run("print('hello'); print('{\"a\": 1}')", 60.0)
+    trial = run_trial("print('hello'); print('{\"a\": 1}')", 60.0)
     assert trial.ok
     assert trial.answer == {"a": 1}
 

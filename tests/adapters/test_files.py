@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import mdgraft
 import numpy as np
 import openmm
 import pytest
+from exported import GLOBALS, Springs
 from mdgraft import (
     BoxTooSmallError,
     InvalidInputError,
     UnsupportedForceError,
     UntrustedInputError,
 )
+from mdgraft_openmm import files, to_force
+from mdgraft_openmm.export import availability
 from mdgraft_openmm.files import check_box, read_positions, read_system
 from openmm import app, unit
 
@@ -162,6 +168,81 @@ def test_pickled_code_is_refused(tmp_path: Path, system_xml: str, spelling: str)
         read_system(write(tmp_path, text))
     with pytest.raises(UntrustedInputError, match=r"PythonForce.*pickle.*--trust"):
         read_positions(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("kind", ["PythonTorchForce", "TorchForce"])
+@pytest.mark.parametrize("letter", ["T", "&#x54;"])
+def test_programs_of_plugins_are_refused(
+    tmp_path: Path, system_xml: str, kind: str, letter: str
+) -> None:
+    path = write(tmp_path, system_xml.replace("HarmonicBondForce", kind.replace("T", letter)))
+    with pytest.raises(UntrustedInputError, match=rf"{kind}.*(pickle|TorchScript).*--trust"):
+        read_system(path)
+
+
+def exported(
+    *, derivatives: bool, backend: str | None = None, potential: bool = False
+) -> openmm.Force:
+    """An export of each kind that holds a program."""
+    if potential:
+        return to_force(mdgraft.graft(make_system()).only("HarmonicBondForce"))
+    return to_force(
+        Springs(),
+        global_parameters=GLOBALS,
+        parameter_derivatives=derivatives,
+        backend=backend or "PythonForce",
+        platform="Reference",
+    )
+
+
+def nested(force: openmm.Force) -> openmm.Force:
+    outer = openmm.CustomCVForce("v^2")
+    outer.addCollectiveVariable("v", force)
+    return outer
+
+
+EXPORTS = {
+    "bare": lambda: exported(derivatives=False),
+    "with derivatives": lambda: exported(derivatives=True),
+    "of a potential": lambda: exported(derivatives=False, potential=True),
+    "inside another": lambda: nested(exported(derivatives=True)),
+}
+
+
+@pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="this OpenMM has no PythonForce")
+@pytest.mark.parametrize("make", EXPORTS.values(), ids=EXPORTS)
+def test_exports_are_refused_unless_trusted(tmp_path: Path, make: Callable[[], Any]) -> None:
+    system = make_system()
+    system.addForce(make())
+    path = write(tmp_path, openmm.XmlSerializer.serialize(system))
+    with pytest.raises(UntrustedInputError, match=r"PythonForce.*pickle.*--trust"):
+        read_system(path)
+    first, second = make_context(system), make_context(read_system(path, trust=True))
+    energies = [c.getState(energy=True).getPotentialEnergy()._value for c in (first, second)]
+    assert energies[0] == energies[1]
+
+
+@pytest.mark.openmmtorch
+def test_torchscript_is_refused_unless_trusted(tmp_path: Path) -> None:
+    system = make_system()
+    system.addForce(exported(derivatives=False, backend="TorchForce"))
+    path = write(tmp_path, openmm.XmlSerializer.serialize(system))
+    with pytest.raises(UntrustedInputError, match=r"TorchForce.*TorchScript.*--trust"):
+        read_system(path)
+    if availability.torch_force_fault(availability.COPIES) is None:
+        assert read_system(path, trust=True).getNumForces() == 3
+    else:
+        with pytest.raises(UnsupportedForceError, match="ends the process"):
+            read_system(path, trust=True)
+
+
+def test_programs_of_a_broken_plugin_are_not_loaded(
+    tmp_path: Path, system_xml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "torch_force_fault", lambda platform: "it ends the process")
+    path = write(tmp_path, system_xml.replace("HarmonicBondForce", "TorchForce"))
+    with pytest.raises(UnsupportedForceError, match="openmm-torch.*ends the process"):
+        read_system(path, trust=True)
 
 
 def test_entities_are_refused(tmp_path: Path, system_xml: str) -> None:

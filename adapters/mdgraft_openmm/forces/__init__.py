@@ -35,6 +35,7 @@ from mdgraft_openmm.forces.lcpo import LCPOConverter
 from mdgraft_openmm.forces.nonbonded import NonbondedConverter
 from mdgraft_openmm.forces.orientation_restraint import OrientationRestraintConverter
 from mdgraft_openmm.forces.periodic_torsion import PeriodicTorsionConverter
+from mdgraft_openmm.forces.python_force import PythonForceConverter
 from mdgraft_openmm.forces.rb_torsion import RBTorsionConverter
 from mdgraft_openmm.forces.rg import RGConverter
 from mdgraft_openmm.forces.rmsd import RMSDConverter
@@ -71,6 +72,7 @@ _CONVERTERS: dict[str, AbstractConverter] = {
     "NonbondedForce": NonbondedConverter(),
     "OrientationRestraintForce": OrientationRestraintConverter(),
     "PeriodicTorsionForce": PeriodicTorsionConverter(),
+    "PythonForce": PythonForceConverter(),
     "RBTorsionForce": RBTorsionConverter(),
     "RGForce": RGConverter(),
     "RMSDForce": RMSDConverter(),

@@ -16,15 +16,21 @@ from mdgraft_openmm._converter import (
     declared_globals,
     set_declared_global,
 )
+from mdgraft_openmm.export.derivatives import VARIABLE
+from mdgraft_openmm.export.term import TorchTerm
 from mdgraft_openmm.forces import _nested
 from mdgraft_openmm.forces._custom import global_names, refused_tables, tables, write_tables
+from mdgraft_openmm.forces.python_force import PythonForceConverter
 
 
 class CustomCVConverter(AbstractConverter):
     """CustomCVForce <-> CollectiveVariables."""
 
-    def read(self, force: openmm.CustomCVForce, host: Host) -> CollectiveVariables:
-        """Build the term and those of its variables."""
+    def read(self, force: openmm.CustomCVForce, host: Host) -> CollectiveVariables | TorchTerm:
+        """Build the term and those of its variables; of an export with derivatives, its module."""
+        exported = _exported(force)
+        if exported is not None:
+            return _EXPORTED.read(exported, host)
         names = _names(force)
         for name in names:
             if names.count(name) > 1:
@@ -42,15 +48,21 @@ class CustomCVConverter(AbstractConverter):
 
     def write(self, values: Values, force: openmm.CustomCVForce) -> None:
         """Set the parameters of the variables and tabulated functions."""
+        if _exported(force) is not None:
+            return
         _nested.write_inner(_variables(force), values)
         write_tables(force, values, ())
 
     def refused(self, values: Values, force: openmm.CustomCVForce) -> str | None:
         """Ask the variables, and find periodic tables whose ends differ."""
+        if (exported := _exported(force)) is not None:
+            return _EXPORTED.refused(values, exported)
         return _nested.refused_inner(_variables(force), values) or refused_tables(force, values, ())
 
     def structural(self, values: Values, force: openmm.CustomCVForce) -> list[str]:
         """A live Context takes over tabulated functions, but no change of a variable."""
+        if _exported(force) is not None:
+            return []
         return _nested.changed_inner(_variables(force), values)
 
     def global_defaults(self, force: openmm.CustomCVForce) -> dict[str, float]:
@@ -72,3 +84,12 @@ def _variables(force: openmm.CustomCVForce) -> dict[str, Any]:
     """The variables by the names of their terms."""
     keys = parameter_keys(_names(force))
     return {key: force.getCollectiveVariable(i) for i, key in enumerate(keys)}
+
+
+_EXPORTED = PythonForceConverter()
+
+
+def _exported(force: openmm.CustomCVForce) -> Any | None:
+    """The PythonForce with the energy of an export that has derivatives in parameters."""
+    names = _names(force)
+    return force.getCollectiveVariable(0) if names[:1] == [VARIABLE] else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from timing import Result, Settings
 
-from rows import frames, growth, single, startup, trajectory, water
+from rows import constraints, export, frames, growth, single, startup, trajectory, water
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,5 +32,7 @@ ROWS: dict[str, Row] = {
     "verlet": Row(trajectory.verlet),
     "lists": Row(trajectory.lists, per_dtype=False),
     "growth": Row(growth.growth),
+    "constraints": Row(constraints.constraints),
+    "export": Row(export.export),
     "startup": Row(startup.startup, per_dtype=False),
 }

@@ -1,0 +1,158 @@
+"""Energies of whole Systems by OpenMM, as Monte Carlo wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from mdgraft import InvalidInputError, MissingBoxError
+from mdgraft._errors import SimulationError
+from mdgraft.montecarlo import ChainState
+from torch import Tensor
+
+from mdgraft_openmm._adapter import _PROPERTIES, as_host
+from mdgraft_openmm._converter import number
+from mdgraft_openmm._copies import faithful_copy
+from mdgraft_openmm.forces import WITHOUT_ENERGY
+
+
+class ContextEnergy:
+    """The potential energy of a System in one Context, for `mdgraft.montecarlo.Target`.
+
+    The fastest way to have OpenMM evaluate: all forces in one Context, and no derivatives but
+    forces. For gradients of averages hand the samples to an `Ensemble` with a `Potential` of the
+    same System (``samples.to_ensemble(mdgraft.graft(system))``).
+
+    Parameters
+    ----------
+    host_object
+        ``openmm.System``, which runs on Reference, or a ``Context`` or ``Simulation``, whose
+        platform, properties and global parameters are used. Neither is changed: the energy has a
+        Context of its own, without barostats, thermostats and CMMotionRemover.
+    platform, properties
+        Instead of those.
+
+    Raises
+    ------
+    UnsupportedHostError
+        If ``host_object`` is none of these.
+    InvalidInputError
+        If OpenMM cannot run the System.
+    """
+
+    def __init__(
+        self,
+        host_object: Any,
+        *,
+        platform: str | None = None,
+        properties: Mapping[str, str] | None = None,
+    ) -> None:
+        host = as_host(host_object)
+        name, chosen = platform or "Reference", dict(properties or {})
+        if host.context is not None and platform is None:
+            used = host.context.getPlatform()
+            name = used.getName()
+            own = {
+                key: used.getPropertyValue(host.context, key)
+                for key in used.getPropertyNames()
+                if key in _PROPERTIES
+            }
+            chosen = own | chosen
+        self._platform, self._properties = name, chosen
+        self._globals = dict(host.context.getParameters()) if host.context is not None else {}
+        self.system = _without_ensembles(host.system)
+        self.periodic = bool(self.system.usesPeriodicBoundaryConditions())
+        self.n_particles = self.system.getNumParticles()
+        self._sites = any(self.system.isVirtualSite(i) for i in range(self.n_particles))
+        self.context = self.open(openmm.VerletIntegrator(0.001))
+
+    @property
+    def platform(self) -> str:
+        """Name of the platform that evaluates."""
+        return self._platform
+
+    @property
+    def double_precision(self) -> bool:
+        """Whether positions and forces are double precision throughout."""
+        precision = self._properties.get("Precision")
+        return self._platform == "Reference" or precision == "double"
+
+    def open(self, integrator: openmm.Integrator) -> openmm.Context:
+        """A Context of the System with another integrator, otherwise the same."""
+        try:
+            platform = openmm.Platform.getPlatformByName(self._platform)
+            context = openmm.Context(self.system, integrator, platform, self._properties)
+        except openmm.OpenMMException as error:
+            raise InvalidInputError(
+                f"host_object: OpenMM's {self._platform} platform cannot run it ({error})"
+            ) from error
+        known = dict(context.getParameters())
+        for key, value in self._globals.items():
+            if key in known:
+                context.setParameter(key, value)
+        return context
+
+    def put(self, context: openmm.Context, positions: np.ndarray, box: np.ndarray | None) -> None:
+        """Bring one configuration into a Context: ``(N, 3)`` and ``(3, 3)`` [nm]."""
+        if positions.shape[0] != self.n_particles:
+            raise InvalidInputError(
+                f"state: has {positions.shape[0]} particles, the System {self.n_particles}"
+            )
+        if self.periodic:
+            if box is None:
+                raise MissingBoxError("state: has no box, but the System is periodic; pass box=")
+            context.setPeriodicBoxVectors(*box)
+        context.setPositions(positions)
+        if self._sites:
+            context.computeVirtualSites()
+
+    def __call__(self, state: ChainState) -> Tensor:
+        """Energies ``(C,)`` [kJ/mol], float64, one chain after the other."""
+        found = [number(s.getPotentialEnergy()) for s in self._states(state, energy=True)]
+        return torch.tensor(found, dtype=torch.float64, device=state.positions.device)
+
+    def energies_and_forces(self, state: ChainState) -> tuple[Tensor, Tensor]:
+        """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64."""
+        energies, forces = [], []
+        for found in self._states(state, energy=True, forces=True):
+            energies.append(number(found.getPotentialEnergy()))
+            forces.append(np.array(found.getForces(asNumpy=True)._value, dtype=np.float64))
+        device = state.positions.device
+        return (
+            torch.tensor(energies, dtype=torch.float64, device=device),
+            torch.from_numpy(np.stack(forces)).to(device),
+        )
+
+    def _states(self, state: ChainState, **wanted: bool) -> list[openmm.State]:
+        found = []
+        for positions, box in configurations(state):
+            try:
+                self.put(self.context, positions, box)
+                found.append(self.context.getState(**wanted))
+            except openmm.OpenMMException as error:
+                raise SimulationError(
+                    f"energy: OpenMM cannot evaluate a configuration ({error})"
+                ) from error
+        return found
+
+
+def configurations(state: ChainState) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Positions and box of each chain as float64 arrays."""
+    x = state.positions.detach().to("cpu", torch.float64).numpy()
+    if state.box is None:
+        return [(positions, None) for positions in x]
+    return list(zip(x, state.box.detach().to("cpu", torch.float64).numpy(), strict=True))
+
+
+def _without_ensembles(system: openmm.System) -> openmm.System:
+    """A System without what changes boxes or velocities; itself if it has nothing of the kind."""
+    if not any(type(force).__name__ in WITHOUT_ENERGY for force in system.getForces()):
+        return system
+    copied = faithful_copy(system)
+    for index in reversed(range(copied.getNumForces())):
+        if type(copied.getForce(index)).__name__ in WITHOUT_ENERGY:
+            copied.removeForce(index)
+    return copied
