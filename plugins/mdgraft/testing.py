@@ -17,6 +17,10 @@ from mdgraft._comparison import compare_with_host as compare_with_host
 from mdgraft._differences import Difference as Difference
 from mdgraft._differences import finite_difference as finite_difference
 from mdgraft._errors import InvalidInputError
+from mdgraft._model_checks import CHECKS as CHECKS
+from mdgraft._model_checks import check_model as check_model
+from mdgraft._model_subject import ModelCheck as ModelCheck
+from mdgraft._model_subject import ModelReport as ModelReport
 from mdgraft._types import BoxLike, PositionsLike
 from mdgraft._units import plain
 from mdgraft.potentials import Potential
