@@ -247,12 +247,15 @@ class VirtualSites(nn.Module):
 
     #: Whether a site depends on the box.
     periodic: bool
+    #: Particle indices of the sites, ascending.
+    indices: tuple[int, ...]
 
     def __init__(self, sites: Mapping[int, AbstractSite], *, n_particles: int) -> None:
         super().__init__()
         for index, site in sites.items():
             _check(index, site, n_particles)
         self.n_particles = n_particles
+        self.indices = tuple(sorted(sites))
         self.periodic = any(_group_of(site) is _FractionalSymmetry for site in sites.values())
         self._levels = nn.ModuleList()
         for n, level in enumerate(_by_dependency(sites)):

@@ -1,6 +1,8 @@
 """Ensemble averages, their gradients with respect to parameters, and the errors of both."""
 
 from mdgraft.ensembles.bootstrap import moving_block_bootstrap as moving_block_bootstrap
+from mdgraft.ensembles.constrained_length import length_derivative as length_derivative
+from mdgraft.ensembles.constrained_length import length_mean_force as length_mean_force
 from mdgraft.ensembles.covariance import Covariance as Covariance
 from mdgraft.ensembles.ensemble import Ensemble as Ensemble
 from mdgraft.ensembles.fluctuations import heat_capacity as heat_capacity

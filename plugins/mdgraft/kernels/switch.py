@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from torch import Tensor
 _PLAIN = contextvars.ContextVar("_PLAIN", default=os.environ.get("MDGRAFT_KERNELS") == "plain")
 #: Below this number of particles compiling what users wrote takes longer than it saves.
 _SMALLEST = contextvars.ContextVar("_SMALLEST", default=24)
+#: Whether tensors on CPUs are taken for those of a device, whose programs are interpreted then.
+_EMULATED = contextvars.ContextVar("_EMULATED", default=False)
 _AVAILABLE = importlib.util.find_spec("numba") is not None
 
 
@@ -54,7 +57,9 @@ def compiled_kernels(tensor: Tensor, *, n_particles: int | None = None) -> bool:
     """
     if n_particles is not None and n_particles < _SMALLEST.get():
         return False
-    if _PLAIN.get() or not _AVAILABLE or tensor.device.type != "cpu":
+    if _PLAIN.get() or not _AVAILABLE:
+        return False
+    if tensor.device.type != "cpu" and not on_device(tensor):
         return False
     if tensor.dtype not in (torch.float32, torch.float64):
         return False
@@ -63,6 +68,32 @@ def compiled_kernels(tensor: Tensor, *, n_particles: int | None = None) -> bool:
         return False
     # Graphs that torch records must consist of operations that it knows.
     return not (torch._C._get_tracing_state() is not None or torch.compiler.is_compiling())
+
+
+@contextlib.contextmanager
+def emulated_device() -> Iterator[None]:
+    """Take tensors on CPUs for those of a GPU in this context.
+
+    For tests, on machines without one: Triton must be told to interpret programs, by the
+    environment variable ``TRITON_INTERPRET=1``, before it is imported.
+    """
+    token = _EMULATED.set(True)
+    try:
+        yield
+    finally:
+        _EMULATED.reset(token)
+
+
+def on_device(tensor: Tensor) -> bool:
+    """Whether the compiled kernels for this tensor are those for GPUs, and there are any."""
+    if tensor.device.type == "cpu":
+        return _EMULATED.get()
+    return tensor.device.type == "cuda" and _has_triton()
+
+
+@functools.lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 def _nested_derivatives() -> int:

@@ -43,7 +43,7 @@ def turns(
         # Reverse mode throughout: forward mode cannot be nested in torch's own dual levels.
         function = energy
         for directions in (right, left):
-            function = _along(torch.func.grad(function, argnums=every), directions)
+            function = slope_along(torch.func.grad(function, argnums=every), directions)
         found.append(torch.func.grad(function, argnums=every)(*frame))
     if not found:
         return empty_per_frame(tensors, framed)
@@ -53,7 +53,7 @@ def turns(
     ]
 
 
-def _along(
+def slope_along(
     gradient: Callable[..., tuple[Tensor, ...]], directions: Sequence[Tensor]
 ) -> Callable[..., Tensor]:
     """The slope of a function along a direction, given its gradient."""

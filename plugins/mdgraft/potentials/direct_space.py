@@ -11,13 +11,14 @@ from torch import Tensor
 
 from mdgraft._units import COULOMB
 from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.kernel import Kernel
 from mdgraft.kernels.pairs import all_pairs, exclusion_keys, neighbor_pairs
+from mdgraft.kernels.routes import Route, pair_kernel, route
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.item_term import plain_array
 
 if TYPE_CHECKING:
-    from mdgraft.kernels.fused.pair_kernel import PairKernel
     from mdgraft.potentials.nonbonded import NonbondedSettings
 
 _ROOT_COULOMB = math.sqrt(COULOMB)
@@ -44,7 +45,7 @@ class DirectSpace:
         self._n_particles = n_particles
         # An array, since a tensor made inside a torch.func transform must not outlive it.
         self._exceptions = plain_array(exceptions)
-        self._kernels: dict[torch.dtype, PairKernel] = {}
+        self._kernels: dict[Route, Kernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to this process.
@@ -77,11 +78,12 @@ class DirectSpace:
         if not compiled_kernels(positions):
             cell = positions.new_zeros(positions.shape[0], 0, 3) if box is None else box
             return self.plain(positions, cell, *quantities, *shared)
-        kernel = self._kernel(positions.dtype)
+        kernel = self._kernel(positions)
         return differentiable_energy(kernel, positions, box, [*quantities, *shared])
 
-    def _kernel(self, dtype: torch.dtype) -> PairKernel:
-        kernel = self._kernels.get(dtype)
+    def _kernel(self, positions: Tensor) -> Kernel:
+        key = route(positions)
+        kernel = self._kernels.get(key)
         if kernel is None:
             from mdgraft.potentials.nonbonded_formula import nonbonded_kernel
 
@@ -89,11 +91,12 @@ class DirectSpace:
                 self.settings,
                 self._exceptions,
                 switched=self.switched,
-                dtype=dtype,
+                dtype=positions.dtype,
+                make=pair_kernel(positions),
                 n_particles=self._n_particles,
                 reference=self.plain,
             )
-            self._kernels[dtype] = kernel
+            self._kernels[key] = kernel
         return kernel
 
     def plain(self, positions: Tensor, box: Tensor, *quantities: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.kernel import Kernel
+from mdgraft.kernels.routes import Route, item_kernel, route
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials.term import AbstractTerm
 
 if TYPE_CHECKING:
-    from mdgraft.kernels.fused.tuple_kernel import TupleKernel
     from mdgraft.kernels.fused.tuples import TupleFormula
 
 
@@ -49,11 +50,11 @@ class ItemSum:
         self._seen = _mark(particles)
         self._plain, self._formula = plain, formula
         self._periodic, self._constants = periodic, constants
-        self._kernel: TupleKernel | None = None
+        self._kernels: dict[Route, Kernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to this process.
-        return self.__dict__ | {"_kernel": None}
+        return self.__dict__ | {"_kernels": {}}
 
     def energy(self, positions: Tensor, box: Tensor | None, *quantities: Tensor) -> Tensor:
         """Energies ``(frames,)`` [kJ/mol].
@@ -70,18 +71,20 @@ class ItemSum:
             if cell is None:
                 cell = positions.new_zeros(positions.shape[0], 0, 3)
             return self._plain(positions, cell, *quantities)
-        if self._kernel is None or self._seen != _mark(self.particles):
-            from mdgraft.kernels.fused.tuple_kernel import TupleKernel
-
+        if self._seen != _mark(self.particles):
             self._seen = _mark(self.particles)
-            self._kernel = TupleKernel(
+            self._kernels.clear()
+        key = route(positions)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = item_kernel(positions)(
                 self._formula(),
                 plain_array(self.particles),
                 constants=self._constants,
                 periodic=self._periodic,
                 reference=self._plain,
             )
-        return differentiable_energy(self._kernel, positions, cell, quantities)
+        return differentiable_energy(kernel, positions, cell, quantities)
 
 
 class ItemTerm(AbstractTerm):

@@ -14,8 +14,8 @@ from torch import Tensor
 from mdgraft.kernels.fused import tables
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.graph import Graph, Node, Series
-from mdgraft.kernels.fused.pair_kernel import PairKernel
 from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.kernels.kernel import Kernel
 from mdgraft.potentials.exception_formulas import dispersion_damping
 
 if TYPE_CHECKING:
@@ -119,9 +119,10 @@ def nonbonded_kernel(
     *,
     switched: bool,
     dtype: torch.dtype,
+    make: Callable[..., Kernel],
     n_particles: int,
     reference: Callable[..., Tensor],
-) -> PairKernel:
+) -> Kernel:
     """The compiled loop over pairs of a nonbonded term.
 
     Parameters
@@ -134,6 +135,8 @@ def nonbonded_kernel(
         Whether there is a switching distance.
     dtype
         Precision, which decides on the degrees of polynomials.
+    make
+        From `mdgraft.kernels.routes.pair_kernel`.
     n_particles
         Number of particles.
     reference
@@ -159,7 +162,7 @@ def nonbonded_kernel(
         dispersion_degree=degrees["dispersion"],
     )
     constants = (settings.cutoff, settings.alpha, settings.dispersion_alpha)
-    return PairKernel(
+    return make(
         formula,
         cutoff=settings.cutoff,
         exclusions=Exclusions.of_pairs(exceptions, n_particles),

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mdgraft._units import CHARGE, COULOMB, DIMENSIONLESS, NANOMETER, SURFACE_ENERGY
 from mdgraft.kernels.derivatives import differentiable_energy
+from mdgraft.kernels.kernel import Kernel
 from mdgraft.kernels.pairs import Pairs, all_pairs, neighbor_pairs
+from mdgraft.kernels.routes import Route, pair_kernel, route
 from mdgraft.kernels.sums import particle_sums
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials.geometry import safe_norm
@@ -20,7 +22,6 @@ from mdgraft.potentials.item_term import cell_of
 from mdgraft.potentials.term import AbstractTerm
 
 if TYPE_CHECKING:
-    from mdgraft.kernels.fused.pair_kernel import PairKernel
     from mdgraft.kernels.fused.tiles import PairFormula
 
 # Constants of model II of the paper, and of OpenMM [nm].
@@ -67,7 +68,7 @@ class GeneralizedBornOBC(AbstractTerm):
     ) -> None:
         super().__init__(periodic=periodic)
         self.cutoff, self._n = cutoff, len(charge)
-        self._kernels: tuple[PairKernel, PairKernel] | None = None
+        self._kernels: dict[Route, tuple[Kernel, Kernel]] = {}
         nothing = torch.empty(0, dtype=torch.long)
         self.register_buffer("excluded", nothing, persistent=False)
         self.add_parameter("charge", charge, CHARGE)
@@ -101,7 +102,7 @@ class GeneralizedBornOBC(AbstractTerm):
         own = (offset, offset * values["scaling_factor"])
         compiled = compiled_kernels(positions)
         if compiled:
-            descreening, solvation = self._compiled()
+            descreening, solvation = self._compiled(positions)
             descreened = particle_sums(descreening, positions, box, own)
         else:
             pairs, r = self._pairs(positions, box)
@@ -158,16 +159,18 @@ class GeneralizedBornOBC(AbstractTerm):
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to this process.
-        return self.__dict__ | {"_kernels": None}
+        return self.__dict__ | {"_kernels": {}}
 
-    def _compiled(self) -> tuple[PairKernel, PairKernel]:
-        if self._kernels is None:
+    def _compiled(self, positions: Tensor) -> tuple[Kernel, Kernel]:
+        key = route(positions)
+        if key not in self._kernels:
             from mdgraft.kernels.fused.clusters import Exclusions
-            from mdgraft.kernels.fused.pair_kernel import PairKernel
             from mdgraft.potentials.obc_formulas import DESCREENING, SOLVATION
 
-            def kernel(formula: PairFormula, reference: Callable[..., Tensor]) -> PairKernel:
-                return PairKernel(
+            make = pair_kernel(positions)
+
+            def kernel(formula: PairFormula, reference: Callable[..., Tensor]) -> Kernel:
+                return make(
                     formula,
                     # The cutoff itself is within.
                     cutoff=math.nextafter(self.cutoff, math.inf),
@@ -176,11 +179,11 @@ class GeneralizedBornOBC(AbstractTerm):
                     reference=reference,
                 )
 
-            self._kernels = (
+            self._kernels[key] = (
                 kernel(DESCREENING, self._plain_descreening),
                 kernel(SOLVATION, self._plain_solvation),
             )
-        return self._kernels
+        return self._kernels[key]
 
     def _plain_descreening(
         self, positions: Tensor, box: Tensor, weight: Tensor, offset: Tensor, scaled: Tensor

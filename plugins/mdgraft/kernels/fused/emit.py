@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from llvmlite import ir
 
+from mdgraft.kernels.fused.arithmetic import Format, Mask, Real, rarely
 from mdgraft.kernels.fused.functions import emit_function
 from mdgraft.kernels.fused.graph import Node, Series, topological
 
@@ -58,6 +59,11 @@ class Emitter:
         self._coefficients = coefficients
         #: What functions of the same argument have in common, while formulas are emitted.
         self.shared: dict[Any, Any] = {}
+
+    @property
+    def form(self) -> Format:
+        """Of the vectors."""
+        return Format(self.builder, self.double, self.lanes)
 
     def constant(self, value: float) -> Value:
         """A number in all lanes."""
@@ -167,6 +173,10 @@ class Emitter:
             value = self.builder.call(function, numbers)
             result = self.builder.insert_element(result, value, place)
         return result
+
+    def corrected(self, mask: Mask, usual: Real, name: str, arguments: Sequence[Value]) -> Real:
+        """The usual numbers, except where the mask, hardly ever, wants the library's function."""
+        return rarely(mask, usual, lambda: self.out_of_line(name, arguments))
 
     def out_of_line(self, name: str, arguments: Sequence[Value]) -> Value:
         """A function of the C library in a function of its own, for branches that are rare."""

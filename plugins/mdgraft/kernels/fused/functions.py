@@ -8,13 +8,25 @@ numbers are left to the C library, in a branch that is hardly ever taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from mdgraft.kernels.fused import error_functions, exponentials, trigonometry
-from mdgraft.kernels.fused.arithmetic import Format, Real, Value, rarely
+from mdgraft.kernels.fused.arithmetic import Format, Mask, Real, Value
 
-if TYPE_CHECKING:
-    from mdgraft.kernels.fused.emit import Emitter
+
+class Target(Protocol):
+    """Where functions are emitted to."""
+
+    #: What functions of the same argument have in common.
+    shared: dict[Any, Any]
+
+    @property
+    def form(self) -> Format:
+        """Of its numbers."""
+
+    def corrected(self, mask: Mask, usual: Real, name: str, arguments: Sequence[Value]) -> Real:
+        """The usual numbers, except where the mask, hardly ever, wants the library's function."""
+
 
 _FUNCTIONS: Mapping[str, Callable[..., Real]] = {
     "exp": exponentials.exp,
@@ -37,9 +49,9 @@ _OF_ANGLES: Mapping[str, Callable[[trigonometry.Angle], Real]] = {
 }
 
 
-def emit_function(emitter: Emitter, name: str, arguments: Sequence[Value]) -> Value | None:
+def emit_function(emitter: Target, name: str, arguments: Sequence[Value]) -> Value | None:
     """Emit a function of `DERIVATIVES`; None if there is no code for vectors of it."""
-    form = Format(emitter.builder, emitter.double, emitter.lanes)
+    form = emitter.form
     reals = [Real(form, argument) for argument in arguments]
     if name in _FUNCTIONS:
         return _FUNCTIONS[name](*reals).value
@@ -48,6 +60,5 @@ def emit_function(emitter: Emitter, name: str, arguments: Sequence[Value]) -> Va
         angle = emitter.shared.get(key)
         if angle is None:
             angle = emitter.shared[key] = trigonometry.reduced(*reals)
-        usual = _OF_ANGLES[name](angle)
-        return rarely(angle.huge, usual, lambda: emitter.out_of_line(name, arguments)).value
+        return emitter.corrected(angle.huge, _OF_ANGLES[name](angle), name, arguments).value
     return None

@@ -73,7 +73,9 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Formulas:
+class PairFormulas:
+    """Energy and derivatives, in the order of `roots`."""
+
     energy: Node | None
     slopes: tuple[Node, ...]
     first: tuple[Node, ...]
@@ -82,11 +84,12 @@ class _Formulas:
 
     @property
     def roots(self) -> list[Node]:
+        """All of them."""
         energy = [] if self.energy is None else [self.energy]
         return [*energy, *self.slopes, *self.first, *self.second, *self.shared]
 
 
-def _formulas(formula: PairFormula, task: Task) -> _Formulas:
+def pair_formulas(formula: PairFormula, task: Task) -> PairFormulas:
     """The pair energy and those of its derivatives that the task names."""
     graph = Graph()
     vector = [graph.input(axis) for axis in "xyz"]
@@ -105,7 +108,7 @@ def _formulas(formula: PairFormula, task: Task) -> _Formulas:
     n = len(formula.particle) if task.particle else 0
     parts = (slopes, partial[:n], partial[n : 2 * n], partial[2 * n :])
     if not task.second:
-        return _Formulas(energy, *(tuple(part) for part in parts))
+        return PairFormulas(energy, *(tuple(part) for part in parts))
     change = [graph.input(f"d{axis}") for axis in "xyz"]
     seeds = dict(zip(vector, change, strict=True))
     seeds[u] = 2.0 * sum((a * b for a, b in seeds.items()), start=graph.constant(0.0))
@@ -114,7 +117,7 @@ def _formulas(formula: PairFormula, task: Task) -> _Formulas:
         seeds[second[name]] = graph.input(f"d{name}_j")
     for name in formula.shared:
         seeds[common[name]] = graph.input(f"d{name}")
-    return _Formulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
+    return PairFormulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Loop:
 @functools.lru_cache(maxsize=256)
 def compiled_loop(formula: PairFormula, task: Task, double: bool) -> Loop:
     """The loop for a formula in one precision."""
-    formulas = _formulas(formula, task)
+    formulas = pair_formulas(formula, task)
     scalar = ir.DoubleType() if double else ir.FloatType()
     lanes = max(ROWS, jit.lanes(8 if double else 4))
     series = tuple(
@@ -182,7 +185,7 @@ class _LoopEmitter:
         self,
         formula: PairFormula,
         task: Task,
-        formulas: _Formulas,
+        formulas: PairFormulas,
         scalar: Any,
         lanes: int,
         series: tuple[Series, ...],

@@ -71,7 +71,9 @@ class TupleFormula:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Formulas:
+class TupleFormulas:
+    """Energy and derivatives, in the order of `roots`."""
+
     energy: Node | None
     edges: tuple[Node, ...]
     item: tuple[Node, ...]
@@ -80,11 +82,12 @@ class _Formulas:
 
     @property
     def roots(self) -> list[Node]:
+        """All of them."""
         first = [] if self.energy is None else [self.energy]
         return [*first, *self.edges, *self.item, *self.particle, *self.shared]
 
 
-def _formulas(formula: TupleFormula, task: Task, *, framed_only: bool) -> _Formulas:
+def tuple_formulas(formula: TupleFormula, task: Task, *, framed_only: bool) -> TupleFormulas:
     """The energy of an item and those of its derivatives that the task names."""
     graph = Graph()
     vectors = [
@@ -121,11 +124,11 @@ def _formulas(formula: TupleFormula, task: Task, *, framed_only: bool) -> _Formu
         parts[1] = [zero for _ in item]
         parts[2] = [part if on else zero for part, on in zip(parts[2], own, strict=True)]
     if not task.second:
-        return _Formulas(energy, *(tuple(part) for part in parts))
+        return TupleFormulas(energy, *(tuple(part) for part in parts))
     everything = [*(c for v in vectors for c in v), *item, *shared]
     everything += [node for of in particle for node in of]
     seeds = {node: graph.input(f"d{node.payload}") for node in everything}
-    return _Formulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
+    return TupleFormulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,7 @@ def compiled_tuples(
     """
     scalar = ir.DoubleType() if double else ir.FloatType()
     lanes = max(4, jit.lanes(8 if double else 4))
-    formulas = _formulas(formula, task, framed_only=framed_only)
+    formulas = tuple_formulas(formula, task, framed_only=framed_only)
     emitter = _Emitter(formula, task, formulas, scalar, lanes, periodic=periodic, by_frame=by_frame)
     types = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * len(ARRAYS)
     return TupleLoop(jit.compiled("tuples", emitter.emit(), types), lanes, emitter.series)
@@ -216,7 +219,7 @@ class _Emitter:
         self,
         formula: TupleFormula,
         task: Task,
-        formulas: _Formulas,
+        formulas: TupleFormulas,
         scalar: Any,
         lanes: int,
         *,

@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.fused.lepton import describe, symmetric
+from mdgraft.kernels.kernel import Kernel
+from mdgraft.kernels.routes import Route, pair_kernel, route
 from mdgraft.kernels.sums import particle_sums
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.lepton import Expression
 from mdgraft.potentials.nonbonded import Method
-
-if TYPE_CHECKING:
-    from mdgraft.kernels.fused.pair_kernel import PairKernel
 
 #: Longer expressions take many seconds to compile.
 MOST_STEPS = 500
@@ -91,7 +90,7 @@ class CompiledPairs:
             exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
             if not symmetric(self._description, exchanged):
                 self._ordered = "lower" if method is Method.NO_CUTOFF else "higher"
-        self._kernels: dict[torch.dtype, PairKernel] = {}
+        self._kernels: dict[Route, Kernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code belongs to this process.
@@ -155,14 +154,16 @@ class CompiledPairs:
     ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
         if self._ordered:
-            inputs.append(torch.arange(self._n_particles, dtype=positions.dtype))
+            ranks = torch.arange(self._n_particles, dtype=positions.dtype)
+            inputs.append(ranks.to(positions.device))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
         cell = box if self._method.periodic else None
-        return function(self._kernel(positions.dtype, plain), positions, cell, inputs)
+        return function(self._kernel(positions, plain), positions, cell, inputs)
 
-    def _kernel(self, dtype: torch.dtype, plain: PlainSum) -> PairKernel:
-        kernel = self._kernels.get(dtype)
+    def _kernel(self, positions: Tensor, plain: PlainSum) -> Kernel:
+        key = route(positions)
+        kernel = self._kernels.get(key)
         if kernel is None:
             from mdgraft.potentials.custom.pair_formula import expression_kernel
 
@@ -178,10 +179,11 @@ class CompiledPairs:
                 cutoff=self._cutoff,
                 exclusions=self._exclusions,
                 n_particles=self._n_particles,
-                dtype=dtype,
+                dtype=positions.dtype,
+                make=pair_kernel(positions),
                 reference=functools.partial(self._reference, plain),
             )
-            self._kernels[dtype] = kernel
+            self._kernels[key] = kernel
         return kernel
 
     def _reference(

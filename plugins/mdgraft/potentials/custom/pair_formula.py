@@ -12,8 +12,8 @@ from torch import Tensor
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.graph import Graph, Node
 from mdgraft.kernels.fused.lepton import Description, Distance, translate
-from mdgraft.kernels.fused.pair_kernel import PairKernel
 from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.kernels.kernel import Kernel
 from mdgraft.potentials.nonbonded_formula import switch
 
 #: Numbers that formulas need: the cutoff, and up to which square a distance is zero.
@@ -113,8 +113,9 @@ def expression_kernel(
     exclusions: np.ndarray,
     n_particles: int,
     dtype: torch.dtype,
+    make: Callable[..., Kernel],
     reference: Callable[..., Tensor],
-) -> PairKernel:
+) -> Kernel:
     """The compiled loop over pairs of an expression.
 
     Parameters
@@ -129,6 +130,8 @@ def expression_kernel(
         Number of particles.
     dtype
         Precision.
+    make
+        From `mdgraft.kernels.routes.pair_kernel`.
     reference
         A plain torch form of the same energy.
     """
@@ -143,7 +146,7 @@ def expression_kernel(
     )
     # As `geometry.safe_norm` has it.
     tiny = torch.finfo(dtype).tiny ** (2 / 3)
-    return PairKernel(
+    return make(
         formula,
         cutoff=cutoff,
         exclusions=Exclusions.of_pairs(exclusions, n_particles),

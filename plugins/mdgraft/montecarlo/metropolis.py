@@ -1,0 +1,381 @@
+"""Metropolis-Hastings sampling of many chains at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError, WrongEnsembleError
+from mdgraft.ensembles.recompute import leaves_of
+from mdgraft.montecarlo._archive import load_tensors, save_tensors
+from mdgraft.montecarlo.moves.base import AbstractMove, uniform
+from mdgraft.montecarlo.samples import Samples, Update
+from mdgraft.montecarlo.state import PATHWISE, ChainState
+from mdgraft.montecarlo.target import Target
+from mdgraft.montecarlo.transition import Transition, transition
+
+_STATE, _MOVE = "state.", "move."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoveStatistics:
+    """Counts of one move.
+
+    Attributes
+    ----------
+    attempts, acceptances
+        ``(C,)`` int64, for each chain.
+    """
+
+    attempts: Tensor
+    acceptances: Tensor
+
+    @property
+    def acceptance(self) -> Tensor:
+        """Fraction accepted ``(C,)``; NaN for a chain that never tried."""
+        return self.acceptances.double() / self.attempts.double()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recording:
+    """Keep an `Update` for every update: proposals, probabilities, random numbers.
+
+    Attributes
+    ----------
+    max_bytes
+        Memory that the records may take. A run that would need more raises before it starts to
+        grow; ``step()`` hands out updates one by one instead.
+    """
+
+    max_bytes: int = 1 << 30
+
+
+class Metropolis:
+    """Runs C chains with the moves given.
+
+    One step makes one update, or with a `Sequence` of moves one of each. All chains are evaluated
+    in one call of the energy. A run that is stored (`save`) and loaded goes on as if it had never
+    stopped, bit by bit.
+
+    Parameters
+    ----------
+    target
+        The distribution.
+    moves
+        A move, or a `Mixture` or `Sequence` of moves. The sampler works on a copy, so that
+        adaptation does not change the caller's.
+    state
+        Where the chains start. If it has a ``generator_state`` and no seed is given, the random
+        stream goes on from there.
+    seed
+        Of the random stream; 0 by default.
+
+    Raises
+    ------
+    InvalidInputError
+        If target, moves and state do not fit together, or an energy at the start is not finite.
+    UnsupportedDerivativeError
+        If positions, activities or the scale of a move require a gradient.
+    """
+
+    def __init__(
+        self, target: Target, moves: AbstractMove, state: ChainState, *, seed: int | None = None
+    ) -> None:
+        for name, value, kind in (
+            ("target", target, Target),
+            ("moves", moves, AbstractMove),
+            ("state", state, ChainState),
+        ):
+            if not isinstance(value, kind):
+                raise InvalidInputError(
+                    f"{name}: got {type(value).__name__}, wanted a {kind.__name__}"
+                )
+        self.target = target
+        self.moves = moves.copied()
+        self._components = _unique(self.moves.components)
+        self._rows = {id(move): k for k, move in enumerate(self._components)}
+        state.checked()
+        target.check(state)
+        self.moves.check(state, target)
+        self._check_ensemble()
+        for move in self._components:
+            if move.has_scale and move.scale.requires_grad:
+                raise UnsupportedDerivativeError(
+                    f"scale: that of {move.name} requires a gradient; {PATHWISE}. To tune it by "
+                    "gradient use mdgraft.montecarlo.tuning"
+                )
+        self._generator = torch.Generator()
+        if state.generator_state is not None and seed is None:
+            self._generator.set_state(state.generator_state.cpu())
+        else:
+            self._generator.manual_seed(0 if seed is None else seed)
+        self._state, self._leaves = _start(target, state)
+        self._initial_scales = [m.scale.clone() if m.has_scale else None for m in self._components]
+        self._adaptations = [0] * len(self._components)
+        self.reset_statistics()
+
+    # Running ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ChainState:
+        """The present state, with that of the random stream."""
+        return self._state.replace(generator_state=self._generator.get_state())
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether every move is accepted or rejected; otherwise samples are biased."""
+        return all(move.adjusted for move in self._components)
+
+    @torch.no_grad()
+    def step(self, *, adapt: bool = False) -> tuple[Update, ...]:
+        """One step of every chain.
+
+        Parameters
+        ----------
+        adapt
+            Adapt the scales; only ever before sampling.
+
+        Returns
+        -------
+        tuple of Update
+            One for each update, in order.
+        """
+        done = []
+        for move in self.moves.updates:
+            # A scale that is adapted later must not change what was recorded.
+            used = move.copied() if adapt else move
+            noise = used.draw(self._state, self._generator)
+            u = uniform(self._state, self._generator)
+            result = transition(self._state, used, self.target, noise, u)
+            self._state = result.after
+            self._count(move, result)
+            if adapt:
+                self._adapt(move, result)
+            done.append(Update(move=used, noise=noise, u=u, transition=result))
+        self._state = self._state.replace(step=self._state.step + 1)
+        return tuple(done)
+
+    def burn_in(self, n_steps: int, *, adapt: bool = True) -> None:
+        """Run without keeping samples, and set the counts to zero afterwards.
+
+        Parameters
+        ----------
+        n_steps
+            Number of steps.
+        adapt
+            Bring the acceptance of each move with a scale to its ``target_acceptance`` by a
+            stochastic approximation (Robbins and Monro, 1951) with steps ``2 / k^0.6``. The scales
+            stay fixed afterwards: a chain whose scale depends on its past has another law.
+        """
+        for _ in range(_count("n_steps", n_steps, 0)):
+            self.step(adapt=adapt)
+        self.reset_statistics()
+
+    def sample(
+        self, n_samples: int, *, stride: int = 1, record: Recording | None = None
+    ) -> Samples:
+        """Go on with the chains and keep samples.
+
+        Parameters
+        ----------
+        n_samples
+            Number of samples T of each chain.
+        stride
+            Steps from one to the next.
+        record
+            Keep every update as well; by default none.
+
+        Raises
+        ------
+        InvalidInputError
+            If the records would take more memory than allowed.
+        """
+        wanted, stride = _count("n_samples", n_samples, 1), _count("stride", stride, 1)
+        states: list[ChainState] = []
+        updates: list[Update] = []
+        for _ in range(wanted):
+            for _ in range(stride):
+                found = self.step()
+                if record is not None:
+                    if not updates:
+                        _check_memory(found, wanted * stride, record)
+                    updates.extend(found)
+            states.append(self._state.replace(forces=None))
+        return Samples(
+            states=states,
+            target=self.target,
+            adjusted=self.adjusted,
+            leaves=self._leaves,
+            updates=updates,
+        )
+
+    # Counting and adapting --------------------------------------------------------------------
+
+    @property
+    def statistics(self) -> Mapping[str, MoveStatistics]:
+        """Attempts and acceptances of each move by name, since the last reset."""
+        return {
+            move.name: MoveStatistics(attempts=attempts.clone(), acceptances=acceptances.clone())
+            for move, attempts, acceptances in zip(
+                self._components, self._attempts, self._acceptances, strict=True
+            )
+        }
+
+    @property
+    def scales(self) -> Mapping[str, float]:
+        """The scale of each move that has one, by name."""
+        return {move.name: float(move.scale) for move in self._components if move.has_scale}
+
+    def reset_statistics(self) -> None:
+        """Set all counts to zero."""
+        shape = (len(self._components), self._state.n_chains)
+        device = self._state.positions.device
+        self._attempts = torch.zeros(shape, dtype=torch.long, device=device)
+        self._acceptances = torch.zeros(shape, dtype=torch.long, device=device)
+
+    def _count(self, move: AbstractMove, result: Transition) -> None:
+        components = move.components
+        for k, component in enumerate(components):
+            row = self._rows[id(component)]
+            if len(components) == 1:
+                self._attempts[row] += 1
+                self._acceptances[row] += result.accepted
+            else:
+                mine = result.component == k
+                self._attempts[row] += mine
+                self._acceptances[row] += mine & result.accepted
+
+    def _adapt(self, update: AbstractMove, result: Transition) -> None:
+        probability = result.log_alpha.clamp(max=0.0).exp().nan_to_num(0.0)
+        for component, move in enumerate(update.components):
+            k = self._rows[id(move)]
+            initial = self._initial_scales[k]
+            mine = probability[result.component == component]
+            if initial is None or move.target_acceptance is None or not mine.numel():
+                continue
+            self._adaptations[k] += 1
+            gain = 2.0 / self._adaptations[k] ** 0.6
+            change = math.exp(gain * (float(mine.mean()) - move.target_acceptance))
+            largest = min(move.largest_scale(self._state), 1e3 * float(initial))
+            move.rescale(min(float(move.scale) * change, largest))
+
+    def _check_ensemble(self) -> None:
+        """Raise if the target has a variable that no move changes."""
+        changed = frozenset().union(*(move.changes for move in self._components))
+        for what, given, name, move in (
+            ("volume", self.target.pressure, "pressure", "Volume"),
+            ("numbers", self.target.log_activity, "log_activity", "InsertionDeletion"),
+        ):
+            if given is not None and what not in changed:
+                raise WrongEnsembleError(
+                    f"moves: none changes the {what}, but the target has a {name}; add a {move} "
+                    f"move, or leave {name} out"
+                )
+
+    # Storing ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State, random stream, scales and counts as tensors by name."""
+        found = {_STATE + name: value for name, value in self.state.state_dict().items()}
+        for k, move in enumerate(self._components):
+            prefix = f"{_MOVE}{move.name}."
+            found[prefix + "attempts"] = self._attempts[k].clone()
+            found[prefix + "acceptances"] = self._acceptances[k].clone()
+            if move.has_scale:
+                found[prefix + "scale"] = move.scale.detach().clone()
+                found[prefix + "adaptations"] = torch.tensor(self._adaptations[k])
+        return found
+
+    def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` of a sampler with the same moves returned.
+
+        Raises
+        ------
+        InvalidInputError
+            If the names are those of other moves, or the state is of another system.
+        """
+        own = self.state_dict()
+        unlike = {k for k in own.keys() ^ values.keys() if not k.startswith(_STATE)}
+        if unlike:
+            raise InvalidInputError(
+                f"values: are not those of these moves; only one side has {sorted(unlike)[:4]}"
+            )
+        state = ChainState.from_state_dict(
+            {k.removeprefix(_STATE): v for k, v in values.items() if k.startswith(_STATE)}
+        )
+        if state.positions.shape != self._state.positions.shape or state.generator_state is None:
+            raise InvalidInputError(
+                f"values: hold positions {tuple(state.positions.shape)}, wanted "
+                f"{tuple(self._state.positions.shape)} and a generator's state"
+            )
+        device = self._state.positions.device
+        self._generator.set_state(state.generator_state.cpu())
+        self._state = state.to(device)
+        for k, move in enumerate(self._components):
+            prefix = f"{_MOVE}{move.name}."
+            self._attempts[k] = values[prefix + "attempts"].to(device)
+            self._acceptances[k] = values[prefix + "acceptances"].to(device)
+            if move.has_scale:
+                move.rescale(float(values[prefix + "scale"]))
+                self._adaptations[k] = int(values[prefix + "adaptations"])
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict` to a NumPy ``.npz`` file of plain arrays."""
+        save_tensors(path, self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Go on from what `save` wrote; any other file raises `InvalidInputError`."""
+        self.load_state_dict(load_tensors(path))
+
+
+def _start(target: Target, state: ChainState) -> tuple[ChainState, Sequence[Tensor]]:
+    """The state with its energies, and the tensors that these depend on."""
+    with torch.enable_grad():
+        energies = target.energies(state)
+        leaves = leaves_of([energies])
+    energies = energies.detach()
+    bad = (~torch.isfinite(energies)).nonzero()
+    if bad.numel():
+        raise InvalidInputError(
+            f"state: the energy of chain {int(bad[0])} at the start is "
+            f"{float(energies[bad[0]])} kJ/mol; start from possible configurations"
+        )
+    return state.replace(energies=energies), leaves
+
+
+def _unique(moves: Sequence[AbstractMove]) -> list[AbstractMove]:
+    """The moves, those whose name is taken renamed."""
+    taken: set[str] = set()
+    for move in moves:
+        base, repeat = move.name, 0
+        while move.name in taken:
+            repeat += 1
+            move.name = f"{base}_{repeat}"
+        taken.add(move.name)
+    return list(moves)
+
+
+def _check_memory(updates: Sequence[Update], n_steps: int, record: Recording) -> None:
+    tensors = [t for u in updates for t in (u.u, *u.noise.values(), u.transition.log_alpha)]
+    for update in updates:
+        result = update.transition
+        for state in (result.before, result.proposed, result.after):
+            tensors += state.state_dict().values()
+    needed = n_steps * sum(t.numel() * t.element_size() for t in tensors)
+    if needed > record.max_bytes:
+        raise InvalidInputError(
+            f"record: {n_steps} steps need about {needed / 2**20:.0f} MiB, above max_bytes = "
+            f"{record.max_bytes / 2**20:.0f} MiB; take fewer steps, raise max_bytes, or use the "
+            "updates that step() returns one by one"
+        )
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
+    return value

@@ -1,0 +1,101 @@
+"""Groups of particles of different sizes, as padded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mdgraft._errors import InvalidInputError
+from mdgraft.montecarlo.state import ChainState
+
+#: Indices of the particles of each molecule.
+MoleculesLike = Sequence[Sequence[int]]
+
+
+class Groups:
+    """M groups of particles, each a row of a table padded to the largest.
+
+    Attributes
+    ----------
+    index
+        ``(M, K)`` int64, padded with zeros.
+    mask
+        ``(M, K)`` booleans: which entries are meant.
+    """
+
+    def __init__(self, name: str, groups: MoleculesLike) -> None:
+        rows = [[int(i) for i in group] for group in groups]
+        if not rows or not all(rows):
+            raise InvalidInputError(
+                f"{name}: got {len(rows)} groups, wanted some, none of them empty"
+            )
+        for row in rows:
+            if min(row) < 0 or len(set(row)) != len(row):
+                raise InvalidInputError(
+                    f"{name}: {row[:6]} holds an index twice, or a negative one"
+                )
+        width = max(map(len, rows))
+        self.index = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        self.mask = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
+        self._name = name
+
+    @classmethod
+    def singles(cls, state: ChainState) -> Groups:
+        """Every particle a molecule of its own."""
+        made = cls.__new__(cls)
+        made.index = torch.arange(state.n_particles)[:, None]
+        made.mask = torch.ones_like(made.index, dtype=torch.bool)
+        made._name = "particles"
+        return made
+
+    def __len__(self) -> int:
+        return int(self.index.shape[0])
+
+    def check(self, state: ChainState, *, places: bool = False, disjoint: bool = True) -> None:
+        """Raise for indices that the state lacks, or molecules that overlap.
+
+        With ``places``, and if the number of molecules varies, there must be one for each place.
+        """
+        used = self.index[self.mask]
+        if int(used.max()) >= state.n_particles:
+            raise InvalidInputError(
+                f"{self._name}: got index {int(used.max())}, wanted indices below "
+                f"{state.n_particles}"
+            )
+        if disjoint and len(set(used.tolist())) != len(used):
+            raise InvalidInputError(f"{self._name}: a particle occurs in two of them")
+        if places and state.present is not None and len(self) != state.present.shape[1]:
+            raise InvalidInputError(
+                f"{self._name}: got {len(self)}, wanted one for each of the "
+                f"{state.present.shape[1]} places of state.present"
+            )
+
+    def rows(self, which: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Particle indices ``(C, K)`` and mask ``(C, K, 1)`` of one group for each chain."""
+        index, mask = self.index.to(like.device), self.mask.to(like.device)
+        return index[which], mask[which][..., None]
+
+    def centres(self, positions: Tensor) -> Tensor:
+        """Geometric centres ``(C, M, 3)`` of all groups."""
+        index, mask = self.index.to(positions.device), self.mask.to(positions)
+        summed = (positions[:, index] * mask[..., None]).sum(dim=2)
+        return summed / mask.sum(dim=1)[:, None]
+
+
+def gather(positions: Tensor, rows: Tensor) -> Tensor:
+    """Positions ``(C, K, 3)`` of the particles ``(C, K)``."""
+    return positions.gather(1, rows[..., None].expand(-1, -1, 3))
+
+
+def shift(positions: Tensor, rows: Tensor, by: Tensor) -> Tensor:
+    """Positions with ``by`` ``(C, K, 3)`` added to the particles ``(C, K)``."""
+    return positions.scatter_add(1, rows[..., None].expand(-1, -1, 3), by)
+
+
+def available(state: ChainState, n_groups: int) -> Tensor:
+    """Which molecules there are ``(C, M)``."""
+    if state.present is not None:
+        return state.present
+    return torch.ones(state.n_chains, n_groups, dtype=torch.bool, device=state.positions.device)
