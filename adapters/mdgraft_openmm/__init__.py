@@ -3,7 +3,6 @@
 from mdgraft_openmm.constraint_set import HostProjection as HostProjection
 from mdgraft_openmm.constraint_set import constraints as constraints
 from mdgraft_openmm.context_energy import ContextEnergy as ContextEnergy
-from mdgraft_openmm.export import backends as backends
 from mdgraft_openmm.export.to_force import explain_backends as explain_backends
 from mdgraft_openmm.export.to_force import to_force as to_force
 from mdgraft_openmm.forces.drude import drude_particles as drude_particles

@@ -123,7 +123,7 @@ def mixed_system(
     check_separable(system, region, keep)
     mixed = faithful_copy(system)
     crossing = region.crossing() if link_atoms else []
-    caps = add_link_atoms(mixed, crossing, _radii_of(picked, numbers, crossing), link_distances)
+    caps = add_link_atoms(mixed, crossing, _elements_at(picked, numbers, crossing), link_distances)
     if interpolate:
         _check_pickles(model)
     wraps = system.usesPeriodicBoundaryConditions() if periodic is None else periodic
@@ -276,7 +276,7 @@ def _check_closed(system: openmm.System, region: Region) -> None:
             )
 
 
-def _radii_of(
+def _elements_at(
     atoms: Sequence[int], numbers: Sequence[int] | None, crossing: Sequence[tuple[int, int]]
 ) -> dict[int, int]:
     """Atomic numbers of the region's atoms that get a link atom."""

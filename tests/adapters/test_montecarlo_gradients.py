@@ -139,7 +139,9 @@ def test_energies_by_the_host_give_the_same_estimate(peptide):
         found.append(
             (
                 Covariance().estimate(sampler, cos_psi, 15),
-                Coupled(warm_up=2).estimate(sampler, cos_psi, 6),
+                # Turns about phi leave torsions about psi alone up to rounding, and branches that
+                # are born of rounding would use up random numbers.
+                Coupled(warm_up=10).estimate(sampler, cos_psi, 15, parameters=["tied.charge"]),
             )
         )
     for native, host in zip(*found, strict=True):
@@ -172,11 +174,11 @@ def test_paths_through_forces_of_the_host(peptide):
 def test_the_time_step_of_trajectories_by_openmm_has_a_gradient(peptide):
     system, start, _ = peptide
     energy = mdgraft_openmm.ContextEnergy(system)
-    move = mdgraft_openmm.HybridMonteCarlo(energy, 0.002, 3, name="hmc")
+    move = mdgraft_openmm.HybridMonteCarlo(energy, 0.0004, 3, name="hmc")
     sampler = Metropolis(
         Target(energy, temperature=300.0), move, ChainState.replicate(2, positions=start), seed=6
     )
     estimate = RaoBlackwell(objective=SquaredJump()).estimate(sampler, 6)
     # The squared jump grows with the square of the time step, as long as most is accepted.
-    slope = float(estimate.gradient["hmc.scale"]) * 0.002 / float(estimate.value)
-    assert 0.5 < slope < 2.5
+    slope = float(estimate.gradient["hmc.scale"]) * 0.0004 / float(estimate.value)
+    assert slope == pytest.approx(2.0, abs=0.5)

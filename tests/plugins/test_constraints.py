@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -420,6 +422,19 @@ def test_many_rigid_molecules_at_once():
     found = box.project_positions(trial.reshape(-1, 3), old.reshape(-1, 3))
     wanted = c.project_positions(of.trial, of.old) @ turns + places
     torch.testing.assert_close(found.reshape(n, 3, 3), wanted, atol=1e-13, rtol=0)
+
+
+@each_case
+def test_no_frames_copies_and_pickles(name):
+    of = CASES[name]()
+    c = of.constraints
+    nothing = c.position_projection(of.trial.expand(0, -1, -1))
+    assert nothing.positions.shape == (0, c.n_particles, 3)
+    assert nothing.multipliers.shape == (0, c.n_constraints)
+    assert c.project_velocities(of.trial.expand(0, -1, -1), of.old).shape[0] == 0
+    for other in (copy.deepcopy(c), pickle.loads(pickle.dumps(c))):
+        found = other.project_positions(of.trial, of.old)
+        torch.testing.assert_close(found, c.project_positions(of.trial, of.old), atol=0, rtol=0)
 
 
 # Periodic images ------------------------------------------------------------------------------

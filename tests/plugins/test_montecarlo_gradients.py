@@ -28,6 +28,7 @@ from mdgraft.montecarlo.gradients import (
     PastBaseline,
     Reparameterized,
     Score,
+    estimate_average,
 )
 from mdgraft.testsystems import GaussianTarget, HarmonicOscillators, IsingLattice
 from montecarlo_problems import PROBLEMS, LineStep, gaussian
@@ -374,6 +375,17 @@ def test_float32_chains():
         estimate = gradient.estimate(sampler, lambda s: s.positions[:, 0, 0], 120)
         assert float(z_scores(estimate, {"well.center": 1.0}).abs()) < 4.5
         assert estimate.gradient["well.center"].dtype == torch.float64
+
+
+def test_the_gradient_is_an_argument():
+    found = []
+    for gradient in (None, Covariance(), Coupled(warm_up=10)):
+        case = gaussian(Displacement(1.3), n_chains=8)
+        found.append(estimate_average(case.sampler, case.observable, 30, gradient=gradient))
+    assert [e.method for e in found] == ["covariance", "covariance", "coupled branches"]
+    assert torch.equal(found[0].gradient["well.center"], found[1].gradient["well.center"])
+    with pytest.raises(InvalidInputError, match="wanted an estimator"):
+        estimate_average(case.sampler, case.observable, 30, gradient="covariance")
 
 
 # What must raise --------------------------------------------------------------------------------

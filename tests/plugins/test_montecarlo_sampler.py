@@ -281,6 +281,10 @@ def test_gradients_through_a_chain_raise() -> None:
         with pytest.raises(UnsupportedDerivativeError, match=r"Covariance\(\)"):
             tensor.square().mean().backward()
     assert not samples.frames().positions.requires_grad
+    assert torch.equal(
+        samples.detach().positions, samples.frames().positions.reshape(4, 5, 2, 3).transpose(0, 1)
+    )
+    assert not samples.detach().energies.requires_grad
     with torch.no_grad():
         assert not samples.positions.requires_grad
 

@@ -153,6 +153,19 @@ def test_some_terms_alone():
         potential.only("Bond")
 
 
+def test_a_parameter_of_two_terms():
+    spring = Springs([1.0, 2.0, 3.0])
+    potential = Potential({"A": spring, "B": spring}, n_particles=3)
+    assert [name for name, _ in potential.named_parameters()] == ["A.k"]
+    k = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    values = potential.values({"A.k": k})
+    energy = sum(potential.energy_by_term(X, values=values).values())
+    (replaced,) = torch.autograd.grad(energy, k)
+    (own,) = torch.autograd.grad(potential(X), spring.get_parameter("k"))
+    torch.testing.assert_close(replaced, own)
+    torch.testing.assert_close(own, X.square().sum(-1))
+
+
 class AnyCell(Springs):
     general_cell = True
 

@@ -117,7 +117,8 @@ for double, second in itertools.product((False, True), repeat=2):
 """
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
 def test_programs_compile_and_fit_into_registers(architecture, tmp_path):
     """For the A100 and the H100; single precision must not spill in the main programs."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -102,7 +102,9 @@ def test_masses_can_be_tuned():
         seed=3,
     )
     weighted = SquaredJump(features=lambda s: s.positions * torch.tensor([[1.0], [5.0]]).double())
-    result = tune(sampler, n_rounds=25, n_samples=8, objective=weighted, parameters=["m.mass"])
+    result = tune(
+        sampler, n_rounds=40, n_samples=8, objective=weighted, parameters=["m.mass"], rate=5.0
+    )
     light, heavy = result.final["m.mass"].tolist()
     assert heavy > 3.0 * light
     assert float(result.objective[-1]) > float(result.objective[0])

@@ -13,8 +13,8 @@ import torch
 from mdgraft import InvalidInputError, MissingBoxError, Potential
 from torch import Tensor
 
+from mdgraft_openmm.backends import AbstractBackend, Request, first_that_works
 from mdgraft_openmm.export.availability import registered_platforms
-from mdgraft_openmm.export.backends import AbstractBackend, Request, first_that_works
 from mdgraft_openmm.export.energy import (
     EnergyFunction,
     check_evaluation_mode,

@@ -55,6 +55,11 @@ class Block:
     rows: slice
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """``a . b`` over the last axis, which is so short that a matrix product is quickest."""
+    return (a * b) @ a.new_ones(3)
+
+
 class AbstractClusters(nn.Module, abc.ABC):
     """A batch of clusters and the linear algebra of their coupling matrices.
 
@@ -237,7 +242,7 @@ class SparseClusters(AbstractClusters):
         return torch.zeros_like(vectors).index_add(-2, self._rows, terms)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        return (left[..., self._rows, :] * right[..., self._columns, :]).sum(dim=-1)
+        return dot(left[..., self._rows, :], right[..., self._columns, :])
 
     def matrix(self, entries: Tensor) -> Tensor:
         return entries

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError, MissingBoxError
-from mdgraft._units import plain
+from mdgraft._units import NANOMETER, plain
 from mdgraft.kernels.observe import observe
 from mdgraft.potentials._inputs import check_frames
 
 
 def as_numbers(name: str, values: Any, unit: str) -> Tensor:
+    """Numbers or quantities as a new, flat tensor without a graph; double unless they are single.
+
+    Raises
+    ------
+    InvalidInputError
+        If they are none, or have another unit.
+    """
     try:
         numbers = plain(values, unit)
         if isinstance(numbers, list | tuple):
@@ -28,6 +35,7 @@ def as_numbers(name: str, values: Any, unit: str) -> Tensor:
 
 
 def check_structure(pairs: np.ndarray, lengths: Tensor, masses: Tensor) -> None:
+    """Raise `InvalidInputError` for pairs, lengths or masses that no system can have."""
     n = len(masses)
     if len(pairs) != len(lengths):
         raise InvalidInputError(f"lengths: got {len(lengths)}, wanted one for {len(pairs)} pairs")
@@ -51,6 +59,8 @@ def check_structure(pairs: np.ndarray, lengths: Tensor, masses: Tensor) -> None:
 
 
 def check_positive(name: str, values: Tensor, unit: str) -> None:
+    """Raise `InvalidInputError` unless all values are positive and finite."""
+
     def check(plain_values: Tensor) -> Tensor:
         bad = ~((plain_values > 0) & torch.isfinite(plain_values))
         if bool(bad.any()):
@@ -65,10 +75,14 @@ def check_positive(name: str, values: Tensor, unit: str) -> None:
         observe(check, lambda result, _: result, values.unsqueeze(0))
 
 
+#: What quantities have to convert to; others are taken as they are.
+_UNITS = {"positions": NANOMETER, "reference": NANOMETER, "box": NANOMETER, "lengths": NANOMETER}
+
+
 def as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     """Numbers, arrays or quantities as a tensor of the same precision and device."""
     try:
-        numbers = plain(value)
+        numbers = plain(value, _UNITS.get(name))
         if isinstance(numbers, list | tuple):
             numbers = np.asarray(numbers)
         tensor = torch.as_tensor(numbers)
@@ -124,6 +138,8 @@ def joint_frames(
 
 
 def check_finite(name: str, frames: Tensor) -> None:
+    """Raise `InvalidInputError` for NaN or infinity in ``(F, N, 3)``."""
+
     def check(plain_values: Tensor) -> Tensor:
         if not bool(torch.isfinite(plain_values).all()):
             f, particle, _ = (~torch.isfinite(plain_values)).nonzero()[0].tolist()

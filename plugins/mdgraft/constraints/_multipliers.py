@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import ConstraintError
-from mdgraft.constraints._clusters import AbstractClusters
+from mdgraft.constraints._clusters import AbstractClusters, dot
 from mdgraft.constraints.newton import Newton, differentiable_limit
 
 
@@ -112,7 +112,8 @@ class _Multipliers(torch.autograd.Function):
             solution = problem.solver.solve(clusters, trial, reference, coupling, squares)
         else:
             solution = _recovered(clusters, trial, reference, coupling, squares, given)
-        problem.loosest = max(problem.loosest, float(solution[1].max()))
+        if solution[1].numel():
+            problem.loosest = max(problem.loosest, float(solution[1].max()))
         return solution
 
     @staticmethod
@@ -157,7 +158,7 @@ class _Multipliers(torch.autograd.Function):
             change = change + clusters.image(coupling, kappa.unsqueeze(-1) * grad_inputs[2])
         if grad_inputs[3] is not None:
             change = change + clusters.image(grad_inputs[3], moved)
-        target = -2.0 * (vectors * change).sum(dim=-1)
+        target = -2.0 * dot(vectors, change)
         if grad_inputs[4] is not None:
             target = target + grad_inputs[4]
         matrix = _jacobian(clusters, vectors, reference, coupling)
@@ -197,7 +198,7 @@ def _recovered(
 ) -> tuple[Tensor, Tensor]:
     """Multipliers that explain what the host did, and how well its result meets them."""
     matrix = clusters.matrix(coupling * clusters.products(reference, reference))
-    kappa = clusters.solve_plain(matrix, (reference * given).sum(dim=-1))
+    kappa = clusters.solve_plain(matrix, dot(reference, given))
     explained = clusters.image(coupling, kappa.unsqueeze(-1) * reference)
     lengths = squares.sqrt()
     final = torch.linalg.vector_norm(trial + given, dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
 from mdgraft._units import NANOMETER
-from mdgraft.constraints._clusters import AbstractClusters, batches_of
+from mdgraft.constraints._clusters import AbstractClusters, batches_of, dot
 from mdgraft.constraints._images import image_shifts
 from mdgraft.constraints._inputs import (
     as_numbers,
@@ -102,7 +102,8 @@ class ConstraintSet(nn.Module):
     ) -> None:
         super().__init__()
         self.masses = nn.Parameter(as_numbers("masses", masses, "dalton"), requires_grad=False)
-        self.lengths = nn.Parameter(as_numbers("lengths", lengths, NANOMETER), requires_grad=False)
+        distances = as_numbers("lengths", lengths, NANOMETER).to(self.masses)
+        self.lengths = nn.Parameter(distances, requires_grad=False)
         index = torch.as_tensor(pairs).reshape(-1, 2).long().cpu()
         check_structure(index.numpy(), self.lengths.detach(), self.masses.detach())
         if sites is not None and sites.n_particles != self.n_particles:
@@ -325,7 +326,7 @@ class ConstraintSet(nn.Module):
         (x, v), cells, leading = self.frames(box, positions=positions, velocities=velocities)
         inverse = self.inverse_masses(masses)
         vectors = self._vectors(x, self._shifts(x, cells))
-        along = -(vectors * self._relative(v)).sum(dim=-1)
+        along = -dot(vectors, self._relative(v))
         kappas = []
         for batch, rows in self.rows():
             r = rows(vectors)

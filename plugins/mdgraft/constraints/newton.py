@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import ConstraintError, InvalidInputError
-from mdgraft.constraints._clusters import AbstractClusters
+from mdgraft.constraints._clusters import AbstractClusters, dot
 
 #: Residuals above this many roundings are not differentiated.
 _LIMIT: dict[torch.dtype, float] = {torch.float64: 1e-8, torch.float32: 2e-5}
@@ -102,7 +102,7 @@ class Newton:
         for _ in range(self.max_iterations):
             kappa = best + damping.unsqueeze(-1) * step
             vectors = trial + clusters.image(coupling, kappa.unsqueeze(-1) * reference)
-            lengths = torch.linalg.vecdot(vectors, vectors)
+            lengths = dot(vectors, vectors)
             deviation = (lengths - squares) * weights
             found = deviation.abs().amax(dim=-1)
             better = found < error

@@ -1,6 +1,9 @@
 """Monte Carlo: samplers, moves, and gradients through them."""
 
 from mdgraft.montecarlo.by_number import PotentialByNumber as PotentialByNumber
+from mdgraft.montecarlo.comparison import Comparison as Comparison
+from mdgraft.montecarlo.comparison import compare as compare
+from mdgraft.montecarlo.gradients import estimate_average as estimate_average
 from mdgraft.montecarlo.hmc import HMC as HMC
 from mdgraft.montecarlo.mala import MALA as MALA
 from mdgraft.montecarlo.metropolis import Metropolis as Metropolis
@@ -25,4 +28,6 @@ from mdgraft.montecarlo.state import ChainState as ChainState
 from mdgraft.montecarlo.target import Target as Target
 from mdgraft.montecarlo.transition import Transition as Transition
 from mdgraft.montecarlo.transition import transition as transition
+from mdgraft.montecarlo.tuning import Tuning as Tuning
+from mdgraft.montecarlo.tuning import tune as tune
 from mdgraft.montecarlo.ula import ULA as ULA

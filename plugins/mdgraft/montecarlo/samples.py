@@ -47,7 +47,7 @@ class Samples:
 
     No gradient passes from here to what the chains depend on. Where the energy had trainable
     parameters, `positions`, `box` and `energies` remember that: ``backward()`` through them raises
-    `UnsupportedDerivativeError` and says what to use. `frames` gives plain tensors for estimators.
+    `UnsupportedDerivativeError` and says what to use. `detach` and `frames` give plain tensors.
 
     Attributes
     ----------
@@ -123,6 +123,10 @@ class Samples:
         if not self.adjusted or self.states[0].present is not None:
             return None
         return "NVT" if self.target.pressure is None else "NPT"
+
+    def detach(self) -> Samples:
+        """The same samples as plain tensors, which remember nothing."""
+        return dataclasses.replace(self, leaves=())
 
     def frames(self) -> Frames:
         """All samples as frames, one chain after the other, without a graph.
@@ -215,4 +219,6 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise UnsupportedDerivativeError(f"samples: {PATHWISE}. samples.frames() has no graph")
+        raise UnsupportedDerivativeError(
+            f"samples: {PATHWISE}. For plain tensors take samples.detach()"
+        )

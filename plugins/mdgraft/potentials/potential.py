@@ -222,9 +222,14 @@ class Potential(nn.Module):
             constants of differentiation. The potential itself does not change.
         """
 
+        # Terms may share a parameter, which then has the name that it has in the first of them.
+        names = {} if replaced is None else {id(p): name for name, p in self.named_parameters()}
+
         def of(name: str, parameter: Tensor) -> Tensor:
             if replaced is None:
                 return parameter
+            if name not in replaced:
+                name = names.get(id(parameter), name)
             return replaced.get(name, parameter.detach())
 
         values = {

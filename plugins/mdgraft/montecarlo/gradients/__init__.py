@@ -1,6 +1,7 @@
 """Gradients of averages over Markov chains, one estimator a file."""
 
 from mdgraft.montecarlo.gradients.acceptance import RaoBlackwell as RaoBlackwell
+from mdgraft.montecarlo.gradients.averages import estimate_average as estimate_average
 from mdgraft.montecarlo.gradients.base import AbstractGradient as AbstractGradient
 from mdgraft.montecarlo.gradients.branches import Coalescence as Coalescence
 from mdgraft.montecarlo.gradients.coupled import Coupled as Coupled

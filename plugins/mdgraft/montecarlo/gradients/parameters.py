@@ -184,9 +184,10 @@ class Conjugates:
         for pattern in patterns:
             matches = fnmatch.filter(named, pattern)
             if not matches:
+                hint = "" if module is not None else ", which is no nn.Module that could have any"
                 raise InvalidInputError(
                     f"parameters: {pattern!r} matches no parameter; there are {sorted(named)} of "
-                    f"the energy and {THERMODYNAMIC} of the distribution"
+                    f"the energy{hint}, and {THERMODYNAMIC} of the distribution"
                 )
             chosen.update(matches)
         return [name for name in named if name in chosen]
