@@ -136,7 +136,8 @@ class TorchForce(AbstractBackend):
         if outputs_forces and request.slopes:
             raise UnavailableBackendError(
                 "backend: a TorchForce whose module returns forces has no derivatives in global "
-                "parameters; return the energy alone, or use the backend PythonForce"
+                "parameters; return the energy alone, use the backend PythonForce, or do without "
+                "them by parameter_derivatives=False"
             )
         force = availability.load_openmm_torch().TorchForce(module)
         force.setUsesPeriodicBoundaryConditions(request.function.periodic)

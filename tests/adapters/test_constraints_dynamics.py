@@ -56,9 +56,9 @@ def build(name):
 
 
 class Host:
-    """A Context, started from a relaxed configuration with velocities of 300 K."""
+    """A Context, started from a relaxed configuration with velocities of a temperature."""
 
-    def __init__(self, name, integrators):
+    def __init__(self, name, integrators, temperature=TEMPERATURE):
         system, positions, *_ = build(name)
         integrator = openmm.CompoundIntegrator()
         for part in integrators:
@@ -68,10 +68,10 @@ class Host:
         self.integrator = integrator
         self.context = openmm.Context(system, integrator, platform)
         self.context.setPositions(positions)
-        openmm.LocalEnergyMinimizer.minimize(self.context, maxIterations=50)
+        openmm.LocalEnergyMinimizer.minimize(self.context, maxIterations=200)
         self.context.applyConstraints(1e-13)
         self.context.computeVirtualSites()
-        self.context.setVelocitiesToTemperature(TEMPERATURE, 3)
+        self.context.setVelocitiesToTemperature(temperature, 3)
         self.context.applyVelocityConstraints(1e-13)
 
     def step(self, noise=None):
@@ -226,7 +226,8 @@ def test_a_trajectory_of_its_own(name, method, n_steps):
     """Many steps without looking at OpenMM's: nearer than chaos takes a change of 1e-9 nm/ps."""
     _, _, potential, c = build(name)
     make, ours = INTEGRATORS[method]
-    host = Host(name, make())
+    # Cold, where chaos takes longer than the trajectory.
+    host = Host(name, make(), temperature=30.0)
     start = host.state()
     # The trajectory, and one that begins as far away as one step's tolerance above.
     change = 1e-9 * torch.randn(
@@ -249,7 +250,7 @@ def test_a_trajectory_of_its_own(name, method, n_steps):
         (state.velocities, wanted.velocities),
     ):
         grown = largest(c, *(frame for frame in found))
-        assert largest(c, found[0], truth) < grown < 1.0
+        assert largest(c, found[0], truth) < min(grown, 1e-5)
 
 
 @pytest.mark.parametrize("method", [m for m in INTEGRATORS if m != "velocity Verlet"])

@@ -12,8 +12,10 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from mdgraft import ConstraintError, InvalidInputError, UnsupportedHostError
+from mdgraft import ConstraintError, Frames, InvalidInputError, UnsupportedHostError
+from mdgraft._units import BOLTZMANN
 from mdgraft.constraints import ConstraintSet
+from mdgraft.ensembles import Ensemble, length_derivative
 from mdgraft.testing import finite_difference
 from openmm import app, unit
 
@@ -341,3 +343,89 @@ def test_gradient_through_virtual_sites_and_the_energy():
     assert float(slope_d) == pytest.approx(float(truth.value), rel=1e-7)
     truth = finite_difference(lambda t: energy(d, old + t * direction).detach().numpy(), step=1e-3)
     assert float((slope_x * direction).sum()) == pytest.approx(float(truth.value), rel=1e-7)
+
+
+# The distribution that OpenMM samples with rigid bonds -----------------------------------------
+
+KT = BOLTZMANN * 300.0
+
+
+def trimers(n, masses, lengths, k, length):
+    """Molecules of two rigid bonds and a spring between the ends, which do not interact."""
+    system = openmm.System()
+    spring = openmm.HarmonicBondForce()
+    for first in range(0, 3 * n, 3):
+        for mass in masses:
+            system.addParticle(mass)
+        system.addConstraint(first, first + 1, lengths[0])
+        system.addConstraint(first + 1, first + 2, lengths[1])
+        spring.addBond(first, first + 2, length, k)
+    system.addForce(spring)
+    return system
+
+
+def sampled(masses, lengths, k, length, n=500, n_frames=40):
+    """Frames ``(n * n_frames, 3, 3)`` of single molecules, those of one after the other."""
+    integrator = openmm.LangevinMiddleIntegrator(300.0, 20.0, 0.004)
+    integrator.setRandomNumberSeed(4)
+    integrator.setConstraintTolerance(1e-8)
+    context = openmm.Context(
+        trimers(n, masses, lengths, k, length),
+        integrator,
+        openmm.Platform.getPlatformByName("Reference"),
+    )
+    start = np.array([[lengths[0], 0, 0], [0, 0, 0], [0, lengths[1], 0]])
+    context.setPositions(np.tile(start, (n, 1)))
+    context.setVelocitiesToTemperature(300.0, 5)
+    integrator.step(250)
+    frames = []
+    for _ in range(n_frames):
+        integrator.step(50)
+        state = context.getState(positions=True)
+        frames.append(np.array(state.getPositions(asNumpy=True)._value).reshape(n, 3, 3))
+    return torch.from_numpy(np.stack(frames, axis=1).reshape(-1, 3, 3))
+
+
+def cosines(x):
+    return torch.nn.functional.cosine_similarity(x[:, 0] - x[:, 1], x[:, 2] - x[:, 1], dim=-1)
+
+
+def by_quadrature(masses, lengths, k, length):
+    """The mean squared distance of the ends."""
+    cosine, weight = np.polynomial.legendre.leggauss(200)
+    w1, w2, w3 = 1 / np.array(masses)
+    square = lengths[0] ** 2 + lengths[1] ** 2 - 2 * lengths[0] * lengths[1] * cosine
+    metric = (w1 + w2) * (w2 + w3) - (w2 * cosine) ** 2
+    p = weight * np.sqrt(metric) * np.exp(-0.5 * k * (np.sqrt(square) - length) ** 2 / KT)
+    return (p * square).sum() / p.sum()
+
+
+def test_metric_of_what_openmm_samples():
+    # Freely jointed: <cos^2> = 0.32102 instead of 1/3.
+    x = sampled((3.0, 3.0, 3.0), (0.1, 0.1), 0.0, 0.1)
+    means = cosines(x).square().reshape(500, -1).mean(dim=1)
+    error = float(means.std()) / 500**0.5
+    assert abs(float(means.mean()) - 0.32102) < 4 * error < 1 / 3 - 0.32102
+
+
+def test_derivative_in_a_length_from_openmm():
+    masses, lengths, k, length = (10.0, 4.0, 7.0), (0.1, 0.13), 2000.0, 0.16
+    system = trimers(1, masses, lengths, k, length)
+    frames = Frames(positions=sampled(masses, lengths, k, length), sampled="NVT")
+    ensemble = Ensemble(mdgraft.graft(system), frames, temperature=300.0)
+    found = length_derivative(
+        ensemble,
+        mdgraft_openmm.constraints(system),
+        lambda f: (f.positions[:, 2] - f.positions[:, 0]).square().sum(dim=-1),
+    )
+    for bond in range(2):
+        h = 1e-5
+        ends = []
+        for t in (h, -h):
+            moved = list(lengths)
+            moved[bond] += t
+            ends.append(by_quadrature(masses, moved, k, length))
+        wanted = (ends[0] - ends[1]) / (2 * h)
+        error = float(found.gradient_standard_error["lengths"][bond])
+        assert abs(float(found.gradient["lengths"][bond]) - wanted) < 4 * error
+        assert error < 0.1 * abs(wanted)

@@ -110,7 +110,14 @@ def test_one_evaluation_gives_energy_and_all_derivatives():
 def test_names_groups_and_several_at_once():
     """Two forces that share a global parameter, in groups of their own."""
     forces = [
-        to_force(Springs(), global_parameters=GLOBALS, name="soft", force_group=3, backend=PYTHON),
+        to_force(
+            Springs(),
+            global_parameters=GLOBALS,
+            parameter_derivatives=False,
+            name="soft",
+            force_group=3,
+            backend=PYTHON,
+        ),
         to_force(
             plain,
             global_parameters=GLOBALS,
@@ -508,10 +515,16 @@ def test_defaults_come_from_where_they_are():
         return k * x.square().sum()
 
     for asked in (["k"], "k", {"k": None}, {"k": 2.5}):
-        force = to_force(f, global_parameters=asked, backend=PYTHON)
-        assert dict(force.getGlobalParameters()) == {"k": 2.5}
-    quantity = to_force(f, global_parameters={"k": 1 * openmm.unit.kilojoule_per_mole})
-    assert dict(quantity.getGlobalParameters()) == {"k": 1.0}
+        context = open_context(to_force(f, global_parameters=asked, backend=PYTHON))
+        assert dict(context.getParameters()) == {"k": 2.5}
+        context.setPositions(POSITIONS)
+        # Derivatives are there without being asked for.
+        slope = context.getState(parameterDerivatives=True).getEnergyParameterDerivatives()["k"]
+        assert slope == pytest.approx(float((POSITIONS**2).sum()))
+    one = 1 * openmm.unit.kilojoule_per_mole
+    force = to_force(f, global_parameters={"k": one}, parameter_derivatives=False)
+    assert type(force) is openmm.PythonForce
+    assert dict(force.getGlobalParameters()) == {"k": 1.0}
     # Not a global parameter, and no box either.
     context = open_context(to_force(f, backend=PYTHON))
     assert evaluate(context, POSITIONS)[0] == pytest.approx(2.5 * (POSITIONS**2).sum())

@@ -408,6 +408,13 @@ def test_parameters_of_the_set_take_gradients():
     torch.testing.assert_close(c.masses.grad, values[3].grad)
     assert set(c.state_dict()) >= {"lengths", "masses"}
 
+    def replaced(lengths):
+        found = torch.func.functional_call(c, {"lengths": lengths}, (of.trial, of.old))
+        return (weights_like(of.old) * found).sum()
+
+    found = torch.func.grad(replaced)(c.lengths.detach())
+    torch.testing.assert_close(found, values[2].grad)
+
 
 def test_many_rigid_molecules_at_once():
     # A box of water, every molecule turned at random: as one by one.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mdgraft import InvalidInputError
 from mdgraft.montecarlo import (
+    HMC,
     ChainState,
     Displacement,
     IdentitySwap,
@@ -216,6 +217,47 @@ def test_couplings_can_be_chosen_and_are_reported():
         Coupled(couplings={"Walk": CommonRandomNumbers()}).run(sampler, x, 3)
 
 
+@pytest.mark.parametrize("scale", [0.4, 3.0])
+def test_rotations_meet_and_keep_their_law(scale):
+    target = Target(zero, temperature=300.0)
+    n = 4000
+    x = ChainState.replicate(n, positions=chain_of_four())
+    move = Rotation(scale, [[0, 1, 2, 3]])
+    start = {
+        "which": torch.zeros(n),
+        "axis": torch.tensor([[0.3, -0.5, 0.8]]).double().expand(n, -1),
+        "angle": torch.full((n,), 0.5 / scale, dtype=torch.float64),
+    }
+    y = move.apply(x, start, target).state
+    random = generator(11)
+    noise = move.draw(x, random)
+    other = Couplings((move,)).noise(move, x, y, noise, target, random)
+    one, two = (move.apply(s, m, target).state.positions for s, m in ((x, noise), (y, other)))
+    met = (one - two).abs().amax(dim=(1, 2)) < 1e-10
+    assert 0.2 < float(met.double().mean()) < 1.0
+    # The law of y: the cosine of the angle that it turned by, and what it does to a direction.
+    alone = move.apply(y, move.draw(y, generator(12)), target).state.positions
+
+    def turned(after):
+        arms = [p - p.mean(dim=1, keepdim=True) for p in (y.positions, after)]
+        arms = [a / a.norm(dim=2, keepdim=True) for a in arms]
+        return torch.cat([(arms[0] * arms[1]).sum(dim=2), arms[1][:, 0], arms[1][:, 1]], dim=1)
+
+    a, b = turned(two), turned(alone)
+    error = ((a.var(dim=0) + b.var(dim=0)) / n).sqrt()
+    assert float(((a.mean(dim=0) - b.mean(dim=0)) / error).abs().max()) < 4.5
+    squares = a.square(), b.square()
+    error = ((squares[0].var(dim=0) + squares[1].var(dim=0)) / n).sqrt()
+    assert float(((squares[0].mean(dim=0) - squares[1].mean(dim=0)) / error).abs().max()) < 4.5
+
+
+def test_what_is_the_same_stays_the_same():
+    target = Target(zero, temperature=300.0)
+    x = ChainState.replicate(50, positions=chain_of_four())
+    for move in (Rotation(0.5, [[0, 1, 2, 3]]), Rotation(0.5, [[0], [1, 2, 3]])):
+        assert meeting(move, x, x, target, attempts=10) == 1.0
+
+
 def test_moves_without_a_better_coupling_say_so():
-    names = Couplings((Rotation(0.3, [[0, 1]]),)).names
-    assert names == {"Rotation": "same molecule"}
+    names = Couplings((Rotation(0.3, [[0, 1]]), HMC(0.1, 2))).names
+    assert names == {"Rotation": "maximal in the orientation", "HMC": "common random numbers"}

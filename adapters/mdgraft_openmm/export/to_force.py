@@ -33,7 +33,7 @@ def to_force(
     periodic: bool = False,
     global_parameters: Mapping[str, Any] | Iterable[str] | None = None,
     backend: AbstractBackend | str = "auto",
-    parameter_derivatives: Sequence[str] | bool = False,
+    parameter_derivatives: Sequence[str] | bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     compile: bool = False,
@@ -65,8 +65,9 @@ def to_force(
         ``"auto"``, the name of a Force class, or an object of `mdgraft_openmm.backends`. See
         `explain_backends` for what ``"auto"`` takes.
     parameter_derivatives
-        Global parameters, or True for all, in which ``State.getEnergyParameterDerivatives`` gives
-        derivatives. OpenMM reports zero for all others.
+        Global parameters, True for all or False for none, in which
+        ``State.getEnergyParameterDerivatives`` gives derivatives. OpenMM reports zero for all
+        others. Derivatives cost a PythonForce one more call of Python for each parameter.
     dtype, device
         Of the tensors that the module gets: the module's own by default, else float64 on the CPU.
     compile
@@ -144,7 +145,7 @@ def _request(
     particles: Iterable[int] | None = None,
     periodic: bool = False,
     global_parameters: Mapping[str, Any] | Iterable[str] | None = None,
-    parameter_derivatives: Sequence[str] | bool = False,
+    parameter_derivatives: Sequence[str] | bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     compile: bool = False,

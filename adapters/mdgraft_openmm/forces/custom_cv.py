@@ -20,7 +20,7 @@ from mdgraft_openmm.export.derivatives import VARIABLE
 from mdgraft_openmm.export.term import TorchTerm
 from mdgraft_openmm.forces import _nested
 from mdgraft_openmm.forces._custom import global_names, refused_tables, tables, write_tables
-from mdgraft_openmm.forces.python_force import PythonForceConverter
+from mdgraft_openmm.forces.python_force import PythonForceConverter, refuse_changes
 
 
 class CustomCVConverter(AbstractConverter):
@@ -56,7 +56,8 @@ class CustomCVConverter(AbstractConverter):
     def refused(self, values: Values, force: openmm.CustomCVForce) -> str | None:
         """Ask the variables, and find periodic tables whose ends differ."""
         if (exported := _exported(force)) is not None:
-            return _EXPORTED.refused(values, exported)
+            refuse_changes(values, exported, force.getName())
+            return None
         return _nested.refused_inner(_variables(force), values) or refused_tables(force, values, ())
 
     def structural(self, values: Values, force: openmm.CustomCVForce) -> list[str]:

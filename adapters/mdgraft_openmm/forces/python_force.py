@@ -34,22 +34,8 @@ class PythonForceConverter(AbstractConverter):
         """Nothing: what differs is refused."""
 
     def refused(self, values: Values, force: Any) -> str | None:
-        """Refuse what differs: a module keeps its own parameters, and the force a copy for files.
-
-        Raises
-        ------
-        ParameterMismatchError
-            If a parameter is not the module's.
-        """
-        callback = callback_of(force)
-        own = module_parameters(callback.evaluator.function) if callback is not None else {}
-        for key, value in own.items():
-            if not np.array_equal(values[key], value.detach().to("cpu", torch.float64).numpy()):
-                raise ParameterMismatchError(
-                    f"{force.getName()}.{key}: belongs to a torch module, which OpenMM does not "
-                    "write; load the new values with module.load_state_dict and export the module "
-                    "again with to_force"
-                )
+        """Refuse what differs, see `refuse_changes`."""
+        refuse_changes(values, force, force.getName())
         return None
 
     def global_defaults(self, force: openmm.Force) -> dict[str, float]:
@@ -59,3 +45,21 @@ class PythonForceConverter(AbstractConverter):
     def settable_globals(self, force: openmm.Force) -> Collection[str]:
         """None: there is no setter."""
         return ()
+
+
+def refuse_changes(values: Values, force: Any, name: str) -> None:
+    """Refuse what differs: a module keeps its own parameters, and the force a copy for files.
+
+    Raises
+    ------
+    ParameterMismatchError
+        If a parameter is not the module's; it calls the force by the name given.
+    """
+    callback = callback_of(force)
+    own = module_parameters(callback.evaluator.function) if callback is not None else {}
+    for key, value in own.items():
+        if not np.array_equal(values[key], value.detach().to("cpu", torch.float64).numpy()):
+            raise ParameterMismatchError(
+                f"{name}.{key}: belongs to a torch module, which OpenMM does not write; load the "
+                "new values with module.load_state_dict and export the module again with to_force"
+            )

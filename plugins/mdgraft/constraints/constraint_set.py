@@ -183,6 +183,12 @@ class ConstraintSet(nn.Module):
 
     # Projections ------------------------------------------------------------------------------
 
+    def forward(
+        self, positions: PositionsLike, reference: PositionsLike | None = None, **options: Any
+    ) -> Tensor:
+        """`project_positions`, for ``torch.func.functional_call``."""
+        return self.project_positions(positions, reference, **options)
+
     def project_positions(
         self,
         positions: PositionsLike,

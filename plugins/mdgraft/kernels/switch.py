@@ -96,6 +96,15 @@ def _has_triton() -> bool:
     return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
+def under_transform() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    try:
+        return bool(torch._C._functorch.get_interpreter_stack())
+    except AttributeError:
+        # Not a public function. What transforms can enter is right without them too.
+        return True
+
+
 def _nested_derivatives() -> int:
     """How many derivatives of `torch.func` are being taken at once."""
     try:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
 from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pieces import collecting
+from mdgraft.kernels.switch import under_transform
 from mdgraft.potentials._inputs import as_frames, check_frames
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties
@@ -165,8 +167,31 @@ class Potential(nn.Module):
         Under ``torch.no_grad()`` no graph is kept.
         """
         frames, cells, leading = as_frames(self, positions, box)
-        gradient: Tensor = torch.func.grad(lambda x: self(x, cells).sum())(frames)
+        moving = any(t is not None and unpack_dual(t).tangent is not None for t in (frames, cells))
+        if moving or under_transform() or torch.is_inference_mode_enabled():
+            gradient: Tensor = torch.func.grad(lambda x: self(x, cells).sum())(frames)
+        else:
+            gradient = self._gradient(frames, cells)
         return -gradient.reshape(*leading, self.n_particles, 3)
+
+    def _gradient(self, frames: Tensor, cells: Tensor | None) -> Tensor:
+        """What `torch.func.grad` finds, which takes three times as long."""
+        inputs = (frames, cells, *self.parameters())
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        with torch.enable_grad():
+            # The box may itself depend on the positions, but this is a partial derivative.
+            x = frames.view_as(frames) if keep and frames.requires_grad else frames.detach()
+            if not x.requires_grad:
+                x.requires_grad_()
+            values = None if keep else self.values({})
+            energies = list(self.energy_by_term(x, cells, values=values).values())
+            if not energies:
+                return torch.zeros_like(frames)
+            total = torch.stack(energies).sum()
+            (gradient,) = torch.autograd.grad(
+                total, x, create_graph=keep, allow_unused=True, materialize_grads=True
+            )
+        return gradient
 
     # Structure --------------------------------------------------------------------------------
 
@@ -221,7 +246,6 @@ class Potential(nn.Module):
             Values that replace parameters, by the names of `named_parameters`; all others are then
             constants of differentiation. The potential itself does not change.
         """
-
         # Terms may share a parameter, which then has the name that it has in the first of them.
         names = {} if replaced is None else {id(p): name for name, p in self.named_parameters()}
 

@@ -39,8 +39,9 @@ class Coupled(AbstractGradient):
     states as well. To get derivatives of stationary averages start from an equilibrated chain
     with a `warm_up` longer than branches live.
 
-    Proposals of `Displacement` and `Torsion` are reflection-maximally coupled, those of discrete
-    states choose alike as often as possible, others use common random numbers. The variance
+    Proposals of `Displacement`, `Translation`, `Torsion` and `Volume` are reflection-maximally
+    coupled, orientations and choices of discrete states maximally, and others use common random
+    numbers. The variance
     grows with the time that branches live: look at ``run(...).coalescence``.
 
     Parameters

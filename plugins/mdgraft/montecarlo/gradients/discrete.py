@@ -153,27 +153,6 @@ class InsertionCoupling(AbstractCoupling):
         return {**noise, "which": u}
 
 
-class PresentCoupling(AbstractCoupling):
-    """Moves of one of the molecules that are present: the same one, moved the same way."""
-
-    name = "same molecule"
-
-    def noise(
-        self,
-        move: AbstractMove,
-        x: ChainState,
-        y: ChainState,
-        noise: Noise,
-        target: Target,
-        generator: torch.Generator,
-    ) -> Noise:
-        """Choose the molecule alike."""
-        if x.present is None or y.present is None:
-            return noise
-        _, _, u = choose_alike(noise["which"], x.present, y.present, generator)
-        return {**noise, "which": u}
-
-
 class TranslationCoupling(AbstractCoupling):
     """`Translation` of the same molecule, with `ReflectionMaximal` in its centre."""
 

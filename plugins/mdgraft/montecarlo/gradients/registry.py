@@ -17,11 +17,11 @@ from mdgraft.montecarlo.gradients.couplings import (
 )
 from mdgraft.montecarlo.gradients.discrete import (
     InsertionCoupling,
-    PresentCoupling,
     SiteCoupling,
     SwapCoupling,
     TranslationCoupling,
 )
+from mdgraft.montecarlo.gradients.rotations import RotationCoupling
 from mdgraft.montecarlo.moves.base import AbstractGaussianMove, AbstractMove, Noise
 from mdgraft.montecarlo.moves.displacement import Displacement
 from mdgraft.montecarlo.moves.identity_swap import IdentitySwap
@@ -44,7 +44,7 @@ _KNOWN: tuple[tuple[type[AbstractMove], type[AbstractCoupling]], ...] = (
     (InsertionDeletion, InsertionCoupling),
     (Volume, VolumeCoupling),
     (Translation, TranslationCoupling),
-    (Rotation, PresentCoupling),
+    (Rotation, RotationCoupling),
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.kernel import Inputs, PerFrame
+from mdgraft.kernels.switch import under_transform
 from mdgraft.potentials.atomistic.base import Periods
 from mdgraft.potentials.term import AbstractTerm
 
@@ -77,7 +78,7 @@ class ModuleTerm(AbstractTerm):
 
         if box is not None:
             box = box.expand(positions.shape[0], 3, 3)
-        if not _transformed():
+        if not under_transform():
             cells = positions.new_zeros(positions.shape[0], 0, 3) if box is None else box
             return energies(positions, cells, *values.values())
         return differentiable_energy(_Backward(energies), positions, box, list(values.values()))
@@ -163,12 +164,3 @@ def _columns(rows: list[list[Any]], wanted: Sequence[bool]) -> PerFrame:
         parts = [row[k].detach() for row in rows] if on else []
         columns.append((torch.cat(parts) if k < 2 else torch.stack(parts)) if on else None)
     return columns
-
-
-def _transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work."""
-    try:
-        return bool(torch._C._functorch.get_interpreter_stack())
-    except AttributeError:
-        # Not a public function: without it, the kernel is right too.
-        return True
