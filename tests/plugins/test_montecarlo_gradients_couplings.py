@@ -21,7 +21,7 @@ from mdgraft.montecarlo import (
     Translation,
     Volume,
 )
-from mdgraft.montecarlo.gradients import CommonRandomNumbers, Coupled
+from mdgraft.montecarlo.gradients import CommonRandomNumbers, Coupled, Score
 from mdgraft.montecarlo.gradients.couplings import reflected
 from mdgraft.montecarlo.gradients.discrete import as_uniform, coupled_choice
 from mdgraft.montecarlo.gradients.registry import Couplings
@@ -249,6 +249,42 @@ def test_rotations_meet_and_keep_their_law(scale):
     squares = a.square(), b.square()
     error = ((squares[0].var(dim=0) + squares[1].var(dim=0)) / n).sqrt()
     assert float(((squares[0].mean(dim=0) - squares[1].mean(dim=0)) / error).abs().max()) < 4.5
+
+
+class Dipole(torch.nn.Module):
+    """A dumbbell in a field along z: ``U = -field cos(theta)``."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.field = torch.nn.Parameter(torch.tensor(field, dtype=torch.float64))
+
+    def forward(self, state):
+        return -self.field * cosine(state)
+
+
+def cosine(state):
+    arm = state.positions[:, 1] - state.positions[:, 0]
+    return arm[:, 2] / arm.norm(dim=1)
+
+
+@pytest.mark.parametrize("gradient", [Coupled(warm_up=60), Score(window=40)])
+def test_a_dipole_in_a_field(gradient):
+    # Langevin: <cos> = coth a - 1/a with a = beta field, and its derivative.
+    energy = Dipole(3.0)
+    target = Target(energy, temperature=300.0)
+    start = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]).double()
+    sampler = Metropolis(
+        target, Rotation(1.2, [[0, 1]]), ChainState.replicate(128, positions=start), seed=3
+    )
+    sampler.burn_in(60, adapt=False)
+    estimate = gradient.estimate(sampler, cosine, 150)
+    a = 3.0 * target.beta
+    exact = target.beta * (1.0 / a**2 - 1.0 / math.sinh(a) ** 2)
+    error = float(estimate.gradient_standard_error["field"])
+    assert abs(float(estimate.gradient["field"]) - exact) < 4.5 * error
+    assert error < 0.3 * exact
+    mean = 1.0 / math.tanh(a) - 1.0 / a
+    assert abs(float(estimate.value) - mean) < 4.5 * float(estimate.standard_error)
 
 
 def test_what_is_the_same_stays_the_same():

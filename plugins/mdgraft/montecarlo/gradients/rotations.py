@@ -26,11 +26,11 @@ class RotationCoupling(AbstractCoupling):
     """`Rotation` of the same molecule, maximally coupled in its orientation.
 
     The rotation R that x proposes corresponds to ``R D`` for y, where D turns the molecule of y
-    into that of x (Kabsch, Acta Cryst. A 34, 827 (1978)). y takes it with probability ``min(1, f(R D) /
-    f(R))``, and else draws from the residual by rejection (Thorisson, Coupling, Stationarity, and
-    Regeneration (2000), section 1.4). The density of a rotation by an angle t about an axis that is
-    uniform is ``f ~ g(t) / (1 - cos t)`` against the uniform measure, with the wrapped normal
-    density g. Molecules of different shapes end up as alike as they can.
+    into that of x (Kabsch, Acta Cryst. A 34, 827 (1978)). y takes it with probability
+    ``min(1, f(R D) / f(R))``, and else draws from the residual by rejection (Thorisson, Coupling,
+    Stationarity, and Regeneration (2000), section 1.4). The density of a rotation by an angle t
+    about an axis that is uniform is ``f ~ g(t) / (1 - cos t)`` against the uniform measure, with
+    the wrapped normal density g. Molecules of different shapes end up as alike as they can.
     """
 
     name = "maximal in the orientation"
@@ -102,7 +102,9 @@ def _log_density(rotation: Tensor, scale: float) -> Tensor:
     _, angle = _axis_angle(rotation)
     turns = 2.0 * math.pi * torch.arange(-8, 9, dtype=torch.float64, device=angle.device)
     exponents = -0.5 * ((angle[:, None] + turns) / scale).square()
-    return exponents.logsumexp(dim=1) - 2.0 * (0.5 * angle).sin().clamp(min=1e-12).log()
+    log_density: Tensor = exponents.logsumexp(dim=1)
+    measure: Tensor = 2.0 * (0.5 * angle).sin().clamp(min=1e-12).log()
+    return log_density - measure
 
 
 def _arms(move: Rotation, state: ChainState, which: Tensor) -> Tensor:
