@@ -103,8 +103,9 @@ def _log_density(rotation: Tensor, scale: float) -> Tensor:
     turns = 2.0 * math.pi * torch.arange(-8, 9, dtype=torch.float64, device=angle.device)
     exponents = -0.5 * ((angle[:, None] + turns) / scale).square()
     log_density: Tensor = exponents.logsumexp(dim=1)
-    measure: Tensor = 2.0 * (0.5 * angle).sin().clamp(min=1e-12).log()
-    return log_density - measure
+    measure = 2.0 * (0.5 * angle).sin().clamp(min=1e-12).log()
+    density: Tensor = log_density - measure
+    return density
 
 
 def _arms(move: Rotation, state: ChainState, which: Tensor) -> Tensor:
