@@ -97,7 +97,12 @@ comparison = compare(
         "score": Score(window=120),
         "score, past as baseline": Score(window=120, baseline=PastBaseline()),
     },
-    n_samples=600,
+    n_samples={
+        "covariance": 600,
+        "coupled branches": 350,
+        "score": 600,
+        "score, past as baseline": 600,
+    },
     reference=exact,
 )
 print(comparison)

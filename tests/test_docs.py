@@ -76,7 +76,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         "mdgraft.fitting",
         "mdgraft.lepton",
         "mdgraft.montecarlo",
+        "mdgraft.montecarlo.gradients",
         "mdgraft.neural",
+        "mdgraft.testsystems",
     ],
 )
 def test_api_reference_is_complete(package: str) -> None:

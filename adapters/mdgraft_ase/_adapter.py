@@ -95,6 +95,11 @@ def as_host(host_object: Any) -> tuple[ase.Atoms, Any]:
             raise InvalidInputError(
                 "host_object: these Atoms have no calculator; set atoms.calc first"
             )
+    elif hasattr(host_object, "get_positions"):
+        raise InvalidInputError(
+            f"host_object: {type(host_object).__name__} is a view of atoms, or of many; pass the "
+            "ase.Atoms inside"
+        )
     elif isinstance(host_object, BaseCalculator) or hasattr(host_object, "get_potential_energy"):
         calculator, seen = host_object, getattr(host_object, "atoms", None)
         if not isinstance(seen, ase.Atoms):
@@ -166,12 +171,13 @@ def _term(
         form = form_of(calculator)
         if form is not None:
             try:
-                return form.read(calculator, atoms)
+                term = form.read(calculator, atoms)
+                return _made_for(term, atoms) if form.by_element else term
             except UnsupportedForceError as error:
                 reason = str(error)
         else:
             try:
-                term = unwrapped(calculator, atoms, dtype, device)
+                model = unwrapped(calculator, atoms, dtype, device)
             except NotUnwrappedError as error:
                 reason = str(error)
                 if route != "native":
@@ -181,8 +187,8 @@ def _term(
                         stacklevel=2,
                     )
             else:
-                if term is not None:
-                    return term
+                if model is not None:
+                    return model
     if route == "native":
         raise UnsupportedForceError(reason)
     return host_term(atoms, calculator)
@@ -190,7 +196,7 @@ def _term(
 
 def host_term(
     atoms: ase.Atoms, calculator: Any, *, settings: Collection[str] | None = None
-) -> ExternalTerm:
+) -> AbstractTerm:
     """A term that the calculator itself evaluates, with its numerical parameters.
 
     Their names, or None for all that have an effect.
@@ -204,6 +210,12 @@ def host_term(
         periodic=any(periods(atoms)),
     )
     term.general_cell = True
+    return _made_for(term, atoms)
+
+
+def _made_for(term: AbstractTerm, atoms: ase.Atoms) -> AbstractTerm:
+    """Have a term know its elements, so that a calculator can refuse others."""
+    term.register_buffer("atomic_numbers", torch.as_tensor(atoms.numbers), persistent=False)
     return term
 
 

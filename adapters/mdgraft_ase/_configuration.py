@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from mdgraft import InvalidInputError, MissingBoxError
 
 from mdgraft_ase._axes import Demands, check_meshes, described
@@ -93,6 +94,7 @@ class ConfigurationReader:
         self._energy = energy
         self._reduces = energy.reduced if reduced_cell is None else bool(reduced_cell)
         self._numbers = _numbers(atomic_numbers)
+        self._elements = energy.elements()
         #: Which of the particles are atoms; None for all.
         self.rows = _rows(particles, energy)
         self._last_key: tuple[bytes, bytes] | None = None
@@ -188,6 +190,7 @@ class ConfigurationReader:
                 f"atoms: got {len(atoms)} atoms, the potential is one of {n} particles{hint}"
             )
         if numbers is None:
+            self._check_elements(atoms)
             return
         if self.rows is not None and len(numbers) != n:
             numbers = numbers[self.rows]
@@ -200,6 +203,20 @@ class ConfigurationReader:
             raise InvalidInputError(
                 f"atoms: atom {first} is {atoms.symbols[first]} (number {atoms.numbers[first]}), "
                 f"atomic_numbers has {numbers[first]} there; are the atoms in another order?"
+            )
+
+    def _check_elements(self, atoms: Atoms) -> None:
+        """Refuse elements other than those that terms were made for; X stands for any."""
+        wanted = self._elements if self.rows is None else self._elements[self.rows]
+        if not len(wanted):
+            return
+        others = np.flatnonzero((wanted != atoms.numbers) & (wanted >= 0) & (atoms.numbers != 0))
+        if len(others):
+            k = int(others[0])
+            raise InvalidInputError(
+                f"atoms: atom {k} is {atoms.symbols[k]}, but the potential was made for "
+                f"{chemical_symbols[wanted[k]]} there; graft again for these atoms, or bring them "
+                "into the order of those that were grafted"
             )
 
 

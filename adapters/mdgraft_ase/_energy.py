@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from mdgraft import InvalidInputError, Potential
+from mdgraft.potentials.atomistic.subset import Subset
+from mdgraft.potentials.atomistic.weighted import Weighted
 from torch import Tensor, nn
 
 from mdgraft_ase._units import ANGSTROM, EV
@@ -98,6 +100,23 @@ class EnergyFunction:
         """Whether the box must be in OpenMM's reduced form."""
         potential = self.potential
         return potential is not None and potential.periodic and not potential.general_cell
+
+    def elements(self) -> np.ndarray:
+        """Atomic numbers ``(N,)`` that terms were made for; -1 for particles of which none says."""
+        found = np.full(self.n_particles or 0, -1)
+        potential = self.potential
+        for term in () if potential is None else map(potential.term, potential.term_names):
+            places = np.arange(len(found))
+            while isinstance(term, Weighted | Subset):
+                if isinstance(term, Subset):
+                    places = places[term.particles.cpu().numpy()]
+                term = term.inner_terms()["term"]
+            numbers = getattr(term, "atomic_numbers", None)
+            if isinstance(numbers, Tensor):
+                own = getattr(term, "particles", None)
+                places = places if own is None else places[own.cpu().numpy()]
+                found[places] = numbers.cpu().numpy()
+        return found
 
     def sites(self) -> np.ndarray:
         """Indices of the virtual sites, which the potential places by itself."""

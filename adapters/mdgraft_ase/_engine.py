@@ -282,6 +282,15 @@ class CalculatorEngine:
             raise SimulationError(
                 f"{self.name}: the calculator's {name} holds NaN or infinity; look at the structure"
             )
+        shape = {"forces": x.shape, "stress": (3, 3)}.get(name, ())
+        if value.size == 1 and not shape:
+            # Some calculators give an energy as an array of one.
+            value = value.reshape(())
+        if value.shape != shape:
+            raise SimulationError(
+                f"{self.name}: the calculator's {name} has shape {value.shape}, wanted {shape}; "
+                "look at what it computes"
+            )
         return value * unit
 
     # Settings ----------------------------------------------------------------------------------

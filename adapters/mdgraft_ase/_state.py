@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import numbers
 import types
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+# Attributes of modules that are compared.
+_PLAIN = (int, float, complex, str, np.ndarray, np.generic, Tensor)
 
 
 class Snapshot:
@@ -41,32 +45,33 @@ class Snapshot:
 def leaves(function: Any) -> Iterator[Any]:
     """Tensors, arrays and numbers that a callable depends on, as far as Python can tell.
 
-    Parameters and buffers of a module; for other callables, what the object that they are bound
-    to, their closure, defaults, partial arguments and the globals that they name hold.
+    Parameters, buffers and plain attributes of a module; for other callables, what the object that
+    they are bound to, their closure, defaults, partial arguments and the globals that they name
+    hold.
     """
-    return _visit(function, set())
+    seen: set[int] = set()
+    waiting = [function]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, numbers.Number | str):
+            yield item
+        elif id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, Tensor | np.ndarray):
+                yield item
+            elif isinstance(item, nn.Module):
+                yield from _of_module(item, seen)
+            elif not isinstance(item, types.ModuleType | type | types.BuiltinFunctionType):
+                waiting += reversed(_parts(item))
 
 
-def _visit(item: Any, seen: set[int]) -> Iterator[Any]:
-    if isinstance(item, numbers.Number | str):
-        yield item
-        return
-    if id(item) in seen:
-        return
-    seen.add(id(item))
-    if isinstance(item, Tensor | np.ndarray):
-        yield item
-    elif isinstance(item, nn.Module):
-        for module in item.modules():
-            seen.add(id(module))
-            yield module.training
-        yield from item.parameters()
-        yield from item.buffers()
-    elif isinstance(item, types.ModuleType | type | types.BuiltinFunctionType):
-        return
-    else:
-        for part in _parts(item):
-            yield from _visit(part, seen)
+def _of_module(item: nn.Module, seen: set[int]) -> Iterator[Any]:
+    for module in item.modules():
+        seen.add(id(module))
+        # Beside the module's dictionaries: whether it trains, and what else was assigned to it.
+        yield from (v for v in vars(module).values() if isinstance(v, _PLAIN))
+    yield from item.parameters()
+    yield from item.buffers()
 
 
 def _parts(item: Any) -> list[Any]:
@@ -90,7 +95,9 @@ def _parts(item: Any) -> list[Any]:
         return list(item.values())
     if isinstance(item, list | tuple | set | frozenset):
         return list(item)
-    return list(vars(item).values()) if callable(item) and hasattr(item, "__dict__") else []
+    slots = [np.atleast_1d(vars(cls).get("__slots__", ())) for cls in type(item).__mro__]
+    in_slots = [getattr(item, str(name), None) for name in itertools.chain(*slots)]
+    return [*getattr(item, "__dict__", {}).values(), *in_slots]
 
 
 def _copied(leaf: Any) -> Any:

@@ -345,16 +345,22 @@ class MDGraftCalculator(Calculator):
             self.results = {}
             self._stress_follows = "stress" in self._asked
             self._asked = set()
-            if not self._current():
-                self._snapshot = Snapshot(self._energy.function)
         self._asked |= wanted
         if "stress" in wanted and not has_volume(self.atoms):
             raise PropertyNotImplementedError(
                 f"stress: the cell {self.atoms.cell.tolist()} has no volume"
             )
-        forces = bool(wanted & {"forces", "stress"})
-        stress = "stress" in wanted or (forces and self._stress_follows and has_volume(self.atoms))
-        at = self._reader.read(self.atoms)
+        try:
+            self._calculate(self.atoms, wanted)
+        finally:
+            # Afterwards, since a counter that a function keeps while it runs is no change.
+            if not self._current():
+                self._snapshot = Snapshot(self._energy.function)
+
+    def _calculate(self, atoms: Atoms, wanted: Collection[str]) -> None:
+        forces = "forces" in wanted or "stress" in wanted
+        stress = "stress" in wanted or (forces and self._stress_follows and has_volume(atoms))
+        at = self._reader.read(atoms)
         self._check(at, {name for name, on in (("forces", forces), ("stress", stress)) if on})
         if forces or "energy" not in self.results:
             found = self._energy.evaluate(at.positions, at.box, forces=forces, strain=stress)

@@ -105,6 +105,7 @@ def add_link_atoms(
 
 def _silence(system: openmm.System, added: Sequence[int]) -> None:
     """Give the new particles their place in every force that counts particles."""
+    n_before = system.getNumParticles() - len(added)
     custom = any(isinstance(f, openmm.CustomNonbondedForce) for f in system.getForces())
     for force in system.getForces():
         if isinstance(force, openmm.NonbondedForce):
@@ -114,11 +115,44 @@ def _silence(system: openmm.System, added: Sequence[int]) -> None:
                 for other in range(index if custom else 0):
                     force.addException(other, index, 0.0, 0.0, 0.0)
         elif isinstance(force, openmm.CustomNonbondedForce):
+            _spare_from_correction(force)
             for index in added:
                 force.addParticle([0.0] * force.getNumPerParticleParameters())
                 exclude(force, [(other, index) for other in range(index)])
-        elif getattr(force, "getNumParticles", int)() == system.getNumParticles() - len(added):
+        elif _counts(force, n_before):
             raise UnsupportedForceError(
                 f"link_atoms: {force.getName()} ({type(force).__name__}) wants parameters for "
                 "link atoms, which have none; pass link_atoms=False"
             )
+
+
+def _spare_from_correction(force: openmm.CustomNonbondedForce) -> None:
+    """Let particles to come count for nothing in a long-range correction.
+
+    Exclusions do not reach it, and zeros may be the parameters of a kind of particle.
+    """
+    if not force.getUseLongRangeCorrection() or force.getNumInteractionGroups():
+        return
+    expression = force.getEnergyFunction()
+    present = "present"
+    while present in expression:
+        present += "_"
+    energy, *definitions = expression.split(";")
+    force.setEnergyFunction(
+        ";".join([f"select({present}1*{present}2, {energy}, 0)", *definitions])
+    )
+    force.addPerParticleParameter(present)
+    for i in range(force.getNumParticles()):
+        force.setParticleParameters(i, [*force.getParticleParameters(i), 1.0])
+
+
+def _counts(force: Any, n_particles: int) -> bool:
+    """Whether a force, or one inside it, must have parameters for each particle of the System."""
+    if isinstance(force, openmm.CustomCVForce):
+        inner = (force.getCollectiveVariable(i) for i in range(force.getNumCollectiveVariables()))
+        return any(_counts(variable, n_particles) for variable in inner)
+    # Their lists may name all particles, but need not.
+    if isinstance(force, openmm.CustomExternalForce | openmm.DrudeForce):
+        return False
+    count = getattr(force, "getNumParticles", getattr(force, "getNumMultipoles", int))
+    return int(count()) == n_particles

@@ -116,7 +116,8 @@ class TorchForce(AbstractBackend):
         """Try it on every platform that may run it."""
         for platform in request.platforms:
             if fault := availability.torch_force_fault(platform):
-                hint = "; name another platform with the argument platform" if chosen else ""
+                elsewhere = chosen and f"on the {platform} platform" in fault
+                hint = "; name another platform with the argument platform" if elsewhere else ""
                 return f"{fault}{hint}"
         if request.function.compiled:
             return "torch.compile does not apply to TorchScript; leave compile out"
@@ -150,9 +151,10 @@ class TorchForce(AbstractBackend):
             force.setProperty("useCUDAGraphs", "true")
             force.setProperty("CUDAGraphWarmupSteps", str(self.warmup_steps))
         if request.check:
-            evaluator = Evaluator(request.function, slopes=(), check=False)
+            evaluator = Evaluator(request.function, slopes=request.slopes, check=False)
             for x, h in request.frames[:1]:
                 evaluator.check_forces(x, h, request.function.defaults)
+                evaluator.check_slopes(x, h, request.function.defaults)
         return force
 
 

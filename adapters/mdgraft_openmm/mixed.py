@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import pickle
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +85,7 @@ def mixed_system(
         Distance [nm] of a link atom from the region's atom, for pairs (inside, outside), where that
         should not be a sum of covalent radii.
     keep
-        Names of forces that act within the region, cannot be separated (implicit solvents,
+        Names of forces, or one name, that act within the region, cannot be separated (implicit solvents,
         collective variables), and shall stay as they are beside the model.
     periodic
         Whether the model is periodic; by default as the System.
@@ -92,7 +94,8 @@ def mixed_system(
     name
         Of the model's force, and of the term that it becomes when the result is grafted.
     dtype, device
-        Where the model computes; see `to_force`.
+        Where the model computes; by default where it is. If a model of atoms is elsewhere, a copy
+        is moved, which does not follow the model's training. See `to_force` for all others.
     backend
         See `to_force`.
 
@@ -110,6 +113,7 @@ def mixed_system(
     """
     if embedding != "mechanical":
         raise InvalidInputError(f"embedding: got {embedding!r}, wanted 'mechanical'")
+    keep = [keep] if isinstance(keep, str) else list(keep)
     picked = _checked_atoms(system, atoms)
     numbers = _atomic_numbers(picked, topology, atomic_numbers)
     chemical = _bonds(topology, bonds)
@@ -124,11 +128,20 @@ def mixed_system(
     mixed = faithful_copy(system)
     crossing = region.crossing() if link_atoms else []
     caps = add_link_atoms(mixed, crossing, _elements_at(picked, numbers, crossing), link_distances)
+    parameter = "lambda_interpolate" if interpolate is True else str(interpolate or "")
     if interpolate:
+        _check_parameter(parameter, system)
         _check_pickles(model)
     wraps = system.usesPeriodicBoundaryConditions() if periodic is None else periodic
     force = to_force(
-        _model(model, numbers, len(caps), wraps, name),
+        energy_of(
+            model,
+            None if numbers is None else [*numbers, *[1] * len(caps)],
+            periodic=wraps,
+            name=name,
+            dtype=dtype,
+            device=device,
+        ),
         particles=[*picked, *caps],
         periodic=wraps,
         dtype=dtype,
@@ -139,7 +152,6 @@ def mixed_system(
     )
     internal = _separate(mixed, region, keep, bool(interpolate))
     if interpolate:
-        parameter = "lambda_interpolate" if interpolate is True else str(interpolate)
         force = _between(parameter, force, internal, name, force_group)
     mixed.addForce(force)
     if remove_constraints:
@@ -204,7 +216,10 @@ def _between(
 
 def _checked_atoms(system: openmm.System, atoms: Iterable[int]) -> list[int]:
     n = system.getNumParticles()
-    picked = [operator.index(i) for i in atoms]
+    try:
+        picked = [operator.index(i) for i in atoms]
+    except TypeError as error:
+        raise InvalidInputError(f"atoms: wanted indices of particles ({error})") from error
     if not picked or len(set(picked)) != len(picked) or not all(0 <= i < n for i in picked):
         raise InvalidInputError(
             f"atoms: got {picked[:10]}, wanted different indices from 0 to {n - 1}"
@@ -255,7 +270,11 @@ def _bonds(
     topology: Any, given: Iterable[tuple[int, int]] | None
 ) -> frozenset[frozenset[int]] | None:
     if given is not None:
-        return frozenset(frozenset(map(operator.index, bond)) for bond in given)
+        found = frozenset(frozenset(map(operator.index, bond)) for bond in given)
+        wrong = [sorted(bond) for bond in found if len(bond) != 2]
+        if wrong:
+            raise InvalidInputError(f"bonds: got {wrong[:5]}, wanted pairs of different particles")
+        return found
     if topology is None:
         return None
     return frozenset(frozenset((b.atom1.index, b.atom2.index)) for b in topology.bonds())
@@ -288,6 +307,28 @@ def _elements_at(
     return dict(zip(atoms, numbers or (), strict=False))
 
 
+def _check_parameter(name: str, system: openmm.System) -> None:
+    """Raise for a name that OpenMM cannot read in an expression, or that has another meaning."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or re.fullmatch(r"model|classical_\d+", name):
+        raise InvalidInputError(
+            f"interpolate: got {name!r}, wanted a word of letters, digits and _ that does not begin "
+            "with a digit, other than 'model' and 'classical_0'"
+        )
+    taken = [
+        force.getName()
+        for force in system.getForces()
+        if hasattr(force, "getNumGlobalParameters")
+        and any(
+            force.getGlobalParameterName(i) == name for i in range(force.getNumGlobalParameters())
+        )
+    ]
+    if taken:
+        raise InvalidInputError(
+            f"interpolate: {name!r} is a global parameter of {', '.join(taken)} already; pass "
+            "another name"
+        )
+
+
 def _check_pickles(model: Any) -> None:
     """Raise for a model that OpenMM cannot copy into a force which holds others."""
     try:
@@ -299,22 +340,58 @@ def _check_pickles(model: Any) -> None:
         ) from error
 
 
-def _model(
-    model: Any, numbers: Sequence[int] | None, n_caps: int, periodic: bool, name: str
+def energy_of(
+    model: Any,
+    numbers: Sequence[int] | None,
+    *,
+    periodic: bool,
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> Any:
-    """What is exported: a potential of the region, or the user's own function."""
-    if isinstance(model, Potential):
-        return model
-    if isinstance(model, nn.Module) and hasattr(model, "units"):
+    """What is exported: a potential of a model's atoms, or the user's own function.
+
+    A model of atoms that is of another precision, or on another device, is copied first: who
+    hands it over may be training it.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is none of these, or atomic numbers are needed and not known.
+    """
+    if is_model_of_atoms(model):
         if numbers is None:
             raise InvalidInputError(
                 "atomic_numbers: got None, but a model of atoms needs them; pass topology= or "
                 "atomic_numbers="
             )
-        capped = [*numbers, *[1] * n_caps]
-        return neural_potential(model, capped, pbc=periodic, name=name)
+        if not _is_at(model, dtype, device):
+            model = copy.deepcopy(model).to(device=device, dtype=dtype)
+        return neural_potential(model, numbers, pbc=periodic, name=name)
     if not callable(model):
         raise InvalidInputError(
             f"model: got {type(model).__name__}, wanted a model of atoms, a Potential or a function"
         )
     return model
+
+
+def is_model_of_atoms(model: Any) -> bool:
+    """Whether it wants atomic numbers and neighbours, see `mdgraft.neural.AtomicModel`."""
+    return (
+        isinstance(model, nn.Module)
+        and hasattr(model, "units")
+        and not isinstance(model, Potential)
+    )
+
+
+def _is_at(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> bool:
+    """Whether the model has this precision and is on this device."""
+    place = None if device is None else torch.device(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
+            return False
+        if place is not None and (
+            tensor.device.type != place.type or place.index not in (None, tensor.device.index)
+        ):
+            return False
+    return True

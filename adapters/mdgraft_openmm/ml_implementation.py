@@ -8,13 +8,13 @@ from typing import Any
 
 import openmm
 import torch
-from mdgraft import InvalidInputError, Potential
-from mdgraft.neural import MessagePassingNetwork, neural_potential
+from mdgraft import InvalidInputError
+from mdgraft.neural import MessagePassingNetwork
 from openmm import app
 from openmmml.mlpotential import MLPotentialImpl
-from torch import nn
 
 from mdgraft_openmm.export.to_force import to_force
+from mdgraft_openmm.mixed import energy_of, is_model_of_atoms
 
 
 class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
@@ -25,7 +25,8 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
     model
         See `mdgraft_openmm.ml_potential.MDGraftPotentialImplFactory.createImpl`.
     dtype
-        Precision in which a model of atoms computes; by default its own.
+        Precision in which the model computes; by default its own. A model of atoms that has
+        another one is copied.
     backend
         See `mdgraft_openmm.to_force`.
     """
@@ -79,12 +80,22 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
                 topology.getPeriodicBoxVectors() is not None
                 or system.usesPeriodicBoundaryConditions()
             )
-        device = args.get("device")
+        device, dtype = args.get("device"), args.get("dtype", self.dtype)
+        atoms_of_model = [everything[i] for i in picked]
+        energy = energy_of(
+            self.model,
+            _atomic_numbers(atoms_of_model) if is_model_of_atoms(self.model) else None,
+            periodic=bool(periodic),
+            name="neural",
+            dtype=dtype,
+            device=device,
+        )
         force = to_force(
-            self._energy([everything[i] for i in picked], periodic, args.get("dtype", self.dtype)),
+            energy,
             particles=None if atoms is None else picked,
             periodic=periodic,
-            device=torch.device(device) if isinstance(device, str) else device,
+            dtype=dtype,
+            device=device,
             backend=args.get("backend", self.backend),
             name="mdgraft",
             force_group=forceGroup,
@@ -95,17 +106,12 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
         """Models of atoms end at a cutoff."""
         return False
 
-    def _energy(self, atoms: list[Any], periodic: bool, dtype: torch.dtype | None) -> Any:
-        model = self.model
-        if isinstance(model, Potential) or not (
-            isinstance(model, nn.Module) and hasattr(model, "units")
-        ):
-            return model
-        bare = [atom.index for atom in atoms if atom.element is None]
-        if bare:
-            raise InvalidInputError(
-                f"topology: the atoms {bare[:10]} have no element, which a model of atoms needs; "
-                "leave sites without an element out of atoms"
-            )
-        numbers = [atom.element.atomic_number for atom in atoms]
-        return neural_potential(model, numbers, pbc=bool(periodic), name="neural", dtype=dtype)
+
+def _atomic_numbers(atoms: list[Any]) -> list[int]:
+    bare = [atom.index for atom in atoms if atom.element is None]
+    if bare:
+        raise InvalidInputError(
+            f"topology: the atoms {bare[:10]} have no element, which a model of atoms needs; "
+            "leave sites without an element out of atoms"
+        )
+    return [atom.element.atomic_number for atom in atoms]

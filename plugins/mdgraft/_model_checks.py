@@ -212,7 +212,13 @@ def _forces(s: Subject) -> Iterator[ModelCheck]:
         work = -(s.forces0 * along).double()
         size = float(work.norm())
         yield against_difference(
-            s, "forces", work.sum().cpu(), truth, size, "along a random direction"
+            s,
+            "forces",
+            work.sum().cpu(),
+            truth,
+            size=size,
+            noise=s.largest_energy,
+            detail="along a random direction",
         )
 
 
@@ -240,7 +246,15 @@ def _hessian(s: Subject) -> Iterator[ModelCheck]:
     found = product.detach().double().cpu().numpy()
     # A force is the less certain part of a change of forces.
     size = 1e-3 * s.force_scale
-    yield against_difference(s, "hessian", found, truth, size, "times a random vector")
+    yield against_difference(
+        s,
+        "hessian",
+        found,
+        truth,
+        size=size,
+        noise=s.largest_force,
+        detail="times a random vector",
+    )
 
 
 def _box_derivative(s: Subject) -> Iterator[ModelCheck]:
@@ -267,7 +281,13 @@ def _box_derivative(s: Subject) -> Iterator[ModelCheck]:
     work = (slope * along).double()
     size = max(float(work.norm()), 1e-6 * s.energy_scale)
     yield against_difference(
-        s, "box derivative", work.sum().cpu(), truth, size, "along a random change of the box"
+        s,
+        "box derivative",
+        work.sum().cpu(),
+        truth,
+        size=size,
+        noise=s.largest_energy,
+        detail="along a random change of the box",
     )
 
 

@@ -101,8 +101,9 @@ def test_single_precision():
     assert evaluate(system)[0] == pytest.approx(expected, rel=1e-6)
     options = {"model": model, "dtype": torch.float64}
     system = openmmml.MLPotential("mdgraft", **options).createSystem(water())
-    assert next(model.parameters()).dtype == torch.float64
     assert evaluate(system)[0] == pytest.approx(expected, rel=1e-5)
+    # Whoever trains the model goes on with it as it was.
+    assert next(model.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("interpolate", [False, True])

@@ -249,7 +249,7 @@ def test_langevin_steps_without_a_test_have_the_gradient_of_their_own_law():
 
 def test_variance_ranking_on_one_chain():
     # 20 chains of 1000 steps of a random walk on N(theta, 1); d<x>/dtheta is 1. For 20000 steps of
-    # one chain standard deviations are about 0.023, 0.04 and, with heavy tails, 0.1.
+    # one chain standard deviations are about 0.023, 0.05 and, with heavy tails, 0.1.
     errors = {}
     for name, gradient in (
         ("covariance", Covariance()),
@@ -269,7 +269,7 @@ def test_variance_ranking_on_one_chain():
         errors[name] = float(estimate.gradient_standard_error["well.center"])
     assert errors["covariance"] < errors["coupled"] < errors["score"]
     assert errors["covariance"] == pytest.approx(0.023, rel=0.5)
-    assert errors["coupled"] == pytest.approx(0.04, rel=0.5)
+    assert errors["coupled"] == pytest.approx(0.05, rel=0.5)
     assert errors["score"] > 1.3 * errors["coupled"]
 
 

@@ -204,7 +204,9 @@ def test_nested_mixtures_multiply_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    "move", [Displacement(5.0), Displacement(0.001), MALA(1e-3), HMC(0.5, 4)], ids=repr
+    "move",
+    [Displacement(5.0), Displacement(0.001), MALA(1e-3), HMC(0.5, 4)],
+    ids=["Displacement, too far", "Displacement, too near", "MALA", "HMC"],
 )
 def test_burn_in_reaches_the_target_acceptance(move: AbstractMove) -> None:
     law = wells()
@@ -325,7 +327,9 @@ def test_what_requires_a_gradient_is_refused_at_once() -> None:
 # Into estimators --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("move", [Displacement(0.1), MALA(0.1), HMC(0.05, 4)], ids=repr)
+@pytest.mark.parametrize(
+    "move", [Displacement(0.1), MALA(0.1), HMC(0.05, 4)], ids=["Displacement", "MALA", "HMC"]
+)
 def test_samples_give_gradients_of_averages(move: AbstractMove) -> None:
     system = HarmonicOscillators(2, center=0.1, k=500.0)
     target = Target(system.potential, temperature=system.temperature)

@@ -31,6 +31,7 @@ _UNITS = {
 class EAMForm(AbstractForm):
     """Forms eam, alloy, fs and adp; parameters are B-spline coefficients of each function."""
 
+    by_element = True
     defining = (
         "calculate_energy",
         "calculate_forces",

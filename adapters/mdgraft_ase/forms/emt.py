@@ -38,6 +38,7 @@ class EMTForm(AbstractForm):
     present, and is differentiated like everything else.
     """
 
+    by_element = True
     defining = (
         "initialize",
         "_calc_cutoff",

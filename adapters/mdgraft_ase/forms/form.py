@@ -12,6 +12,9 @@ import torch
 from mdgraft.potentials import AbstractTerm
 from torch import Tensor
 
+# By which a calculator is asked; a subclass that replaces one may give something else.
+_PROPERTIES = ("calculate", "get_property", "get_potential_energy", "get_forces", "get_stress")
+
 
 class AbstractForm(abc.ABC):
     """Reads and writes the parameters of one class of calculators. It has no state."""
@@ -19,6 +22,8 @@ class AbstractForm(abc.ABC):
     #: Methods that define the energy, beside those of every calculator; a subclass that replaces
     #: one has a formula of its own.
     defining: tuple[str, ...] = ()
+    #: Whether parameters or their places depend on the elements, so that others make no sense.
+    by_element = False
 
     @abc.abstractmethod
     def read(self, calculator: Any, atoms: ase.Atoms) -> AbstractTerm:
@@ -62,7 +67,7 @@ class AbstractForm(abc.ABC):
         """Whether a calculator computes what ``cls`` itself would compute."""
         return not any(
             getattr(type(calculator), name) is not getattr(cls, name) or name in vars(calculator)
-            for name in ("calculate", "get_property", "get_potential_energy", *self.defining)
+            for name in (*_PROPERTIES, *self.defining)
         )
 
 

@@ -85,6 +85,8 @@ class _MolecularForm(AbstractForm):
 class TIP3PForm(_MolecularForm):
     """Sequences O H H or H H O."""
 
+    by_element = True
+
     def sites(
         self, calculator: Any, atoms: ase.Atoms
     ) -> tuple[int, int, np.ndarray, np.ndarray, np.ndarray, float | None]:
@@ -102,6 +104,7 @@ class TIP3PForm(_MolecularForm):
 class TIP4PForm(_MolecularForm):
     """Sequence O H H; the fourth site is placed on the bisector."""
 
+    by_element = True
     defining = ("energy_and_forces", "add_virtual_sites", "get_virtual_charges")
 
     def sites(
@@ -117,6 +120,7 @@ class TIP4PForm(_MolecularForm):
 class ACNForm(_MolecularForm):
     """Sequences Me C N or N C Me of acetonitrile."""
 
+    by_element = True
     defining = ("cutoff", "get_virtual_charges")
 
     def sites(

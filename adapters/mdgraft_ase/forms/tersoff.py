@@ -32,6 +32,7 @@ _UNITS = {
 class TersoffForm(AbstractForm):
     """One entry of each parameter for each triple of the elements present, in order of symbols."""
 
+    by_element = True
     defining = (
         "_calc_atom_contribution",
         "_calc_bij",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
+from torch import Tensor
 
 from mdgraft_openmm.export.evaluator import Evaluator
 
@@ -55,9 +56,10 @@ class Callback:
                 box = torch.from_numpy(state.getPeriodicBoxVectors(asNumpy=True)._value)
             if positions is None:
                 return self._numbers(state, box, values)
-            found = self.evaluator(positions, box, values)
             if self.role != ENERGY:
-                return found.slopes[self.role], torch.zeros_like(positions)
+                slope = _finite(self.evaluator.slope(self.role, positions, box, values))
+                return slope, torch.zeros_like(positions)
+            found = self.evaluator(positions, box, values)
             return found.energy, found.forces.to(positions.device, positions.dtype)
         except Exception as error:
             # OpenMM keeps the text of an exception and drops its type.
@@ -67,10 +69,12 @@ class Callback:
         positions = everything = state.getPositions(asNumpy=True)._value
         if self.particles:
             positions = everything[list(self.particles)]
-        found = self.evaluator(torch.from_numpy(positions), box, values)
+        x = torch.from_numpy(positions)
         if self.role != ENERGY:
             # Its factor is zero, see `with_derivatives`.
-            return float(found.slopes[self.role]), np.zeros_like(everything)
+            slope = _finite(self.evaluator.slope(self.role, x, box, values))
+            return slope.item(), np.zeros_like(everything)
+        found = self.evaluator(x, box, values)
         forces = found.forces.to(_CPU, torch.float64).numpy()
         if self.particles:
             chosen, forces = forces, np.zeros_like(everything)
@@ -81,6 +85,11 @@ class Callback:
         token = _token(self.evaluator)
         payload = _payload(self.evaluator) if self.role == ENERGY else None
         return load_callback, (token, self.role, self.particles, payload)
+
+
+def _finite(slope: Tensor) -> Tensor:
+    """A slope whose product with zero is zero, so that the energy is right where it is infinite."""
+    return torch.nan_to_num(slope.to(torch.float64), nan=sys.float_info.max)
 
 
 class _Broken:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import openmm
 import torch
 from mdgraft import InvalidInputError, Potential
 from torch import Tensor, nn
 
-from mdgraft_openmm._converter import global_key, number
+from mdgraft_openmm._converter import global_key
 
 
 class EnergyFunction:
@@ -73,7 +75,8 @@ class EnergyFunction:
             If the module returns something else.
         """
         result = self.call(positions, box, values)
-        energy, forces = result if isinstance(result, tuple) else (result, None)
+        pair = isinstance(result, tuple) and len(result) == 2
+        energy, forces = result if pair else (result, None)
         if not isinstance(energy, Tensor) or energy.numel() != 1:
             raise InvalidInputError(
                 f"module: returned {_described(energy)} for one frame, wanted one energy, or a "
@@ -172,6 +175,10 @@ def defaults_of(
                 f"global_parameters: the potential has no global parameter {name!r}; there are "
                 f"{sorted(known)}"
             )
+        if isinstance(module, Potential) and global_key(name) in map(global_key, defaults):
+            raise InvalidInputError(
+                f"global_parameters: {name!r} is a global parameter that was named before"
+            )
         if value is None:
             value = known.get(global_key(name) if isinstance(module, Potential) else name)
         if value is None:
@@ -180,12 +187,14 @@ def defaults_of(
                 f"{{{name!r}: 1.0}}"
             )
         try:
-            defaults[name] = number(value)
+            if hasattr(value, "value_in_unit_system"):
+                value = value.value_in_unit_system(openmm.unit.md_unit_system)
+            defaults[name] = float(value)
         except (TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"global_parameters: the default of {name!r} is {value!r}, wanted a number"
             ) from error
-        if not torch.isfinite(torch.tensor(defaults[name])):
+        if not math.isfinite(defaults[name]):
             raise InvalidInputError(
                 f"global_parameters: the default of {name!r} is {defaults[name]}, wanted a finite "
                 "number"
@@ -290,6 +299,8 @@ def _takes_box(module: Any, periodic: bool, defaults: Iterable[str]) -> bool:
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{len(value)} things"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return type(value).__name__

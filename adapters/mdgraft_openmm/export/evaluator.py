@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from mdgraft import NonConservativeForceWarning
+from mdgraft import MDGraftWarning, NonConservativeForceWarning
 from torch import Tensor
 
 from mdgraft_openmm.export.energy import EnergyFunction
@@ -45,7 +46,7 @@ class Evaluator:
         Global parameters whose derivatives are wanted. One evaluation is then remembered, since
         energy and slopes are asked for one after the other.
     check
-        Whether energy and forces are compared with each other on first use.
+        Whether energy, forces and slopes are compared with each other on first use.
     """
 
     def __init__(self, function: EnergyFunction, *, slopes: tuple[str, ...], check: bool) -> None:
@@ -60,22 +61,39 @@ class Evaluator:
     ) -> Evaluation:
         """Evaluate positions ``(N, 3)`` [nm] in a box ``(3, 3)`` [nm], of any type and device.
 
-        A `NonConservativeForceWarning` is issued where `check_forces` finds a reason.
+        Warnings are issued where `check_forces` or `check_slopes` find a reason.
         """
         if self._unchecked:
             self._unchecked = False
             self.check_forces(positions, box, values)
-        if not self.slopes:
-            return self.evaluate(positions, box, values)
-        inputs = [positions] if box is None else [positions, box]
-        numbers = [values[name] for name in self.function.defaults]
+            self.check_slopes(positions, box, values)
+        found = self.evaluate(positions, box, values)
+        if self.slopes:
+            inputs = [positions.clone()] if box is None else [positions.clone(), box.clone()]
+            self._last = (inputs, self._numbers(values), found)
+        return found
+
+    def slope(
+        self, name: str, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
+    ) -> Tensor:
+        """Derivative of the energy in a global parameter [kJ/mol].
+
+        That of the evaluation before, if it was of the same configuration: the module may have
+        changed since then, so that an energy is never remembered, but slopes follow an energy.
+        """
         # One tuple, so that threads which share an evaluator cannot mix two configurations.
         last = self._last
-        if last is not None and last[1] == numbers and all(map(torch.equal, last[0], inputs)):
-            return last[2]
-        found = self.evaluate(positions, box, values)
-        self._last = ([t.clone() for t in inputs], numbers, found)
-        return found
+        inputs = [positions] if box is None else [positions, box]
+        if (
+            last is not None
+            and last[1] == self._numbers(values)
+            and all(map(torch.equal, last[0], inputs))
+        ):
+            return last[2].slopes[name]
+        return self(positions, box, values).slopes[name]
+
+    def _numbers(self, values: Mapping[str, float]) -> list[float]:
+        return [values[name] for name in self.function.defaults]
 
     def evaluate(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
@@ -139,8 +157,9 @@ class Evaluator:
     ) -> tuple[float, float, float]:
         """Change of the energy along a direction, what forces say, and the error allowed."""
         step, rtol = _STEPS[self.function.dtype]
-        random = torch.Generator().manual_seed(seed)
-        noise = torch.randn(2, *positions.shape, generator=random, dtype=torch.float64)
+        random = torch.Generator("cpu").manual_seed(seed)
+        like: Any = {"generator": random, "dtype": torch.float64, "device": "cpu"}
+        noise = torch.randn(2, *positions.shape, **like)
         # Away from minima and symmetric places, where forces vanish whether right or wrong.
         start = positions.detach().to("cpu", torch.float64) + 20 * step * noise[0]
         forces = self.evaluate(start, box, values).forces.to("cpu", torch.float64)
@@ -159,6 +178,74 @@ class Evaluator:
         scale = max(float(forces.norm() * along.norm()), abs(change))
         allowed = rtol * scale + 3 * abs(change - rough) + 30 * rounding
         return change, -float((forces * along).sum()), allowed
+
+    def check_slopes(
+        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
+    ) -> None:
+        """Warn if slopes are not the derivatives of the energy in global parameters.
+
+        Parameters whose slope is zero are moved together, so that one that the module took out of
+        the graph is not lost among others, and so are all others; one by one if that finds a
+        difference.
+        """
+        if not self.slopes:
+            return
+        slopes = {n: float(s) for n, s in self.evaluate(positions, box, values).slopes.items()}
+        for chosen in (
+            {n: s for n, s in slopes.items() if s == 0.0},
+            {n: s for n, s in slopes.items() if s != 0.0 and math.isfinite(s)},
+        ):
+            if not chosen or self._wrong(positions, box, values, chosen, 1.0) is None:
+                continue
+            for name, slope in chosen.items():
+                # A large step may meet something else, and a small one is lost in rounding.
+                one = {name: slope}
+                found = [self._wrong(positions, box, values, one, f) for f in (1.0, 0.01)]
+                if None in found:
+                    continue
+                warnings.warn(
+                    f"module: its derivative in the global parameter {name!r} is not that of its "
+                    f"energy: {slope:.6g} instead of about {found[0]:.6g} kJ/mol. Look for a "
+                    "detach(), float() or item() inside, or do without such derivatives by "
+                    "parameter_derivatives=False",
+                    MDGraftWarning,
+                    stacklevel=2,
+                )
+
+    def _wrong(
+        self,
+        positions: Tensor,
+        box: Tensor | None,
+        values: Mapping[str, float],
+        slopes: Mapping[str, float],
+        factor: float,
+    ) -> float | None:
+        """Slope of the energy along parameters, if their slopes say something else.
+
+        At a kink, such as where a parameter is clamped, either side may be right.
+        """
+        step, rtol = _STEPS[self.function.dtype]
+        step *= 10 * factor
+        # Not all alike, so that what is wrong cannot cancel.
+        along = {
+            name: (1 + i / 3) * step * (abs(values[name]) or 1.0) for i, name in enumerate(slopes)
+        }
+
+        def energy(t: int) -> float:
+            moved = {name: values[name] + t * shift for name, shift in along.items()}
+            return float(self.evaluate(positions, box, {**values, **moved}).energy)
+
+        near = {t: energy(t) for t in (-2, -1, 0, 1, 2)}
+        rough = (near[1] - near[-1]) / 2
+        changes = [(4 * rough - (near[2] - near[-2]) / 4) / 3]
+        changes += [s * (4 * near[s] - near[2 * s] - 3 * near[0]) / 2 for s in (1, -1)]
+        parts = [slopes[name] * shift for name, shift in along.items()]
+        change = min(changes, key=lambda c: abs(c - sum(parts)))
+        rounding = torch.finfo(self.function.dtype).eps * max(map(abs, near.values()))
+        scale = max(math.hypot(*parts), abs(change))
+        allowed = rtol * scale + 3 * abs(changes[0] - rough) + 30 * rounding
+        wrong = abs(change - sum(parts)) > allowed
+        return change / sum(along.values()) if wrong else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_unchecked": self.check}

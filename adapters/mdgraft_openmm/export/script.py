@@ -73,10 +73,11 @@ def scripted(
 class _Holder(nn.Module):
     """Gets its forward as text, since the number of arguments differs."""
 
-    def __init__(self, inner: Any, particles: Sequence[int] | None) -> None:
+    def __init__(self, inner: Any, particles: Sequence[int] | None, device: torch.device) -> None:
         super().__init__()
         self.inner = inner
-        self.register_buffer("particles", torch.tensor(particles or [], dtype=torch.long))
+        chosen = torch.tensor(particles or [], dtype=torch.long, device=device)
+        self.register_buffer("particles", chosen)
 
 
 def _checked(
@@ -92,7 +93,7 @@ def _checked(
     forces = returned == "TupleType"
     # A class of its own, since instances of one class would share the forward that is defined.
     holder = type("Energy", (_Holder,), {})
-    made = _jit.script(holder(inner, particles))
+    made = _jit.script(holder(inner, particles, function.device))
     made.define(_text(function, particles is not None, by_name, forces))
     buffer = io.BytesIO()
     # What refers to Python can be made but not saved.
@@ -242,13 +243,14 @@ def _of_script(
 def _far_from(frames: Sequence[Frame]) -> list[Frame]:
     """Frames with other neighbours: denser, thinner, in another order, and at random."""
     found: list[Frame] = []
-    random = torch.Generator().manual_seed(7)
+    random = torch.Generator("cpu").manual_seed(7)
+    like: Any = {"generator": random, "device": "cpu"}
     for x, h in frames[:2]:
         x = x.to("cpu", torch.float64)
         centre = x.mean(dim=0)
         size = float((x - centre).norm(dim=-1).max().clamp(min=0.1))
-        noise = torch.randn(x.shape, generator=random, dtype=torch.float64)
-        order = torch.randperm(len(x), generator=random)
+        noise = torch.randn(x.shape, dtype=torch.float64, **like)
+        order = torch.randperm(len(x), **like)
         for moved in (
             centre + 0.6 * (x - centre),
             centre + 1.7 * (x - centre),

@@ -66,9 +66,12 @@ class TorchTerm(AbstractTerm):
             self.module = own
             for key, _ in own.named_parameters():
                 self.units.setdefault(f"module.{key}", "")
-        self.register_buffer("particles", torch.tensor(list(particles), dtype=torch.long))
+        self.register_buffer(
+            "particles", torch.tensor(list(particles), dtype=torch.long, device="cpu")
+        )
         # A term without parameters still has a dtype and a device.
-        self.register_buffer("precision", torch.zeros((), dtype=torch.float64), persistent=False)
+        like = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.register_buffer("precision", like, persistent=False)
 
     def parameter_values(self) -> dict[str, Tensor]:
         """Parameters of the module, as ``module.<name>``."""

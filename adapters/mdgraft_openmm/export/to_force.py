@@ -105,12 +105,14 @@ def to_force(
         On first use, if forces are not the gradient of the energy.
     """
     request = _request(**{k: v for k, v in locals().items() if k not in _NOT_OF_REQUEST})
-    if operator.index(force_group) not in range(32):
-        raise InvalidInputError(f"force_group: got {force_group}, wanted 0 to 31")
+    if force_group not in range(32):
+        raise InvalidInputError(f"force_group: got {force_group!r}, wanted 0 to 31")
+    if not isinstance(name, str | None):
+        raise InvalidInputError(f"name: got {name!r}, wanted a string")
     force, used, passed = first_that_works(request, backend)
     for other, why in passed.items():
         _logger.info("%s instead of %s: %s", used.name, other, why)
-    force.setForceGroup(force_group)
+    force.setForceGroup(int(force_group))
     if name is not None:
         force.setName(name)
     made: openmm.Force = force
@@ -201,7 +203,10 @@ def _indices(particles: Iterable[int] | None) -> tuple[int, ...] | None:
     if particles is None:
         return None
     try:
-        chosen = tuple(operator.index(i) for i in np.asarray(list(particles)).tolist())
+        array = np.asarray(list(particles))
+        if array.dtype == bool:
+            raise TypeError("a mask of booleans was passed, see numpy.flatnonzero")
+        chosen = tuple(operator.index(i) for i in array.tolist())
     except TypeError as error:
         raise InvalidInputError(f"particles: wanted indices of particles ({error})") from error
     if not chosen:
@@ -217,6 +222,10 @@ def _indices(particles: Iterable[int] | None) -> tuple[int, ...] | None:
 def _slopes(asked: Sequence[str] | bool, defaults: Mapping[str, float]) -> tuple[str, ...]:
     if isinstance(asked, bool):
         return tuple(defaults) if asked else ()
+    if not isinstance(asked, Iterable):
+        raise InvalidInputError(
+            f"parameter_derivatives: got {asked!r}, wanted True, False or names"
+        )
     names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
     for name in names:
         if name not in defaults:
@@ -268,7 +277,7 @@ def _numbers(what: str, value: Any) -> Tensor:
         if hasattr(value, "value_in_unit_system"):
             value = value.value_in_unit_system(openmm.unit.md_unit_system)
         try:
-            found = torch.tensor(np.asarray(value, float))
+            found = torch.tensor(np.asarray(value, float), device="cpu")
         except (TypeError, ValueError) as error:
             raise InvalidInputError(f"example: {what} are no numbers in nm ({error})") from error
     if not bool(torch.isfinite(found).all()):

@@ -74,7 +74,9 @@ class Comparison:
 
         Row less column. Each ran chains of its own, so that their errors are independent.
         """
-        found = torch.tensor([self.value(n, parameter, index) for n in self.results]).double()
+        found = torch.tensor(
+            [self.value(name, parameter, index) for name in self.results], dtype=torch.float64
+        )
         values, errors = found[:, 0], found[:, 1]
         spread = (errors[:, None].square() + errors.square()).sqrt()
         difference = values[:, None] - values

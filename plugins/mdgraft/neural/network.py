@@ -143,8 +143,21 @@ class MessagePassingNetwork(AtomicModel):
             ``(F,)``; their mean is shared equally among the atoms.
         forces
             ``(F, N, 3)``; their root mean square times the cutoff's tenth becomes the scale.
+
+        Raises
+        ------
+        InvalidInputError
+            For elements that the network does not know, or numbers that are not finite.
         """
-        numbers = torch.as_tensor(atomic_numbers)
+        numbers = torch.as_tensor(atomic_numbers).cpu()
+        unknown = set(numbers.tolist()) - set(self.elements or ())
+        if unknown:
+            raise InvalidInputError(
+                f"atomic_numbers: got {sorted(unknown)}, but the network knows {self.elements}"
+            )
+        for name, values in {"energies": energies, "forces": forces}.items():
+            if not values.numel() or not bool(torch.isfinite(values).all()):
+                raise InvalidInputError(f"{name}: wanted finite numbers, at least one")
         with torch.no_grad():
             present = self.rows[sorted(set(numbers.tolist()))]
             self.shift[present] = float(energies.detach().mean()) / len(numbers)
@@ -191,10 +204,18 @@ class MessagePassingNetwork(AtomicModel):
             If the file holds anything but plain tensors, numbers and names.
         """
         stored = _read(Path(path), device)
-        options = dict(stored["options"])
-        units = ModelUnits(options.pop("length"), options.pop("energy"))
-        state = cast(Mapping[str, Tensor], stored["state"])
-        network = cls(**options, units=units, dtype=state["shift"].dtype)
+        try:
+            options = dict(stored["options"])
+            units = ModelUnits(options.pop("length"), options.pop("energy"))
+            state = cast(Mapping[str, Tensor], stored["state"])
+            # Before anything of that size is made.
+            if state["embedding.weight"].shape != (len(options["elements"]), options["channels"]):
+                raise ValueError("sizes of options and weights differ")
+            network = cls(**options, units=units, dtype=state["embedding.weight"].dtype)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"path: {path} has options that make no sense ({error!r})"
+            ) from error
         try:
             network.load_state_dict(state)
         except RuntimeError as error:

@@ -68,6 +68,7 @@ class NeuralTerm(AbstractTerm):
         picked = None if particles is None else _checked_particles(particles, len(numbers))
         self.register_buffer("particles", picked, persistent=False)
         self.units = {f"model.{name}": _UNIT for name, _ in model.named_parameters()}
+        self._connected = False
 
     def parameter_values(self) -> dict[str, Tensor]:
         """The model's parameters by name."""
@@ -183,19 +184,25 @@ class NeuralTerm(AbstractTerm):
                 f"model: {type(self.model).__name__} returned shape {tuple(found.shape)}, wanted "
                 f"energies of frames ({inputs.n_frames},) or of atoms ({inputs.n_atoms},)"
             )
-        edges = inputs.displacements
-        if (
-            torch.is_grad_enabled()
-            and edges.requires_grad
-            and edges.numel()
-            and not energies.requires_grad
-        ):
-            raise UnsupportedDerivativeError(
-                f"model: the energy of {type(self.model).__name__} has no graph although the "
-                "positions have one, so that its forces would be zero; remove detach(), .data or "
-                "torch.no_grad() from its forward"
-            )
+        if torch.is_grad_enabled() and inputs.displacements.numel():
+            self._check_graph(energies, inputs)
         return energies if energies.shape[0] == inputs.n_frames else inputs.per_frame(energies)
+
+    def _check_graph(self, energies: Tensor, inputs: AtomicInputs) -> None:
+        """Raise if the energy's graph does not reach the positions, though those have one."""
+        given = (inputs.displacements, inputs.positions, inputs.cells)
+        sources = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+        # Weights have graphs as well, so that the graph has to be followed; once will do.
+        if self._connected or not inputs.displacements.requires_grad or is_transformed(sources):
+            return
+        if not _reaches(energies, sources):
+            raise UnsupportedDerivativeError(
+                f"model: the energy of {type(self.model).__name__} does not depend on positions by "
+                "its graph although they have one, so that its forces would be zero; remove "
+                "detach(), .data or torch.no_grad() from its forward. An energy that is constant "
+                "may add 0 * inputs.displacements.sum()"
+            )
+        self._connected = True
 
 
 def neural_potential(
@@ -330,6 +337,21 @@ def _flat(found: Any) -> Tensor:
             "returns several things needs a wrapper, see mdgraft.neural.AtomicModel"
         )
     return found.squeeze(-1) if found.ndim == 2 and found.shape[1] == 1 else found
+
+
+def _reaches(result: Tensor, sources: Sequence[Tensor]) -> bool:
+    """Whether the graph of a result leads to one of these."""
+    wanted = {s.grad_fn if s.grad_fn is not None else s for s in sources}
+    found, open_ends = set(), [result.grad_fn]
+    while open_ends:
+        node = open_ends.pop()
+        if node is None or node in found:
+            continue
+        if node in wanted or getattr(node, "variable", None) in wanted:
+            return True
+        found.add(node)
+        open_ends += [before for before, _ in node.next_functions]
+    return False
 
 
 def _at_most(displacements: Tensor, length: float) -> Tensor:

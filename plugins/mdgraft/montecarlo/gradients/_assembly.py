@@ -12,8 +12,8 @@ from mdgraft.ensembles.overlap import Overlap
 from mdgraft.ensembles.statistics import _standard_error
 from mdgraft.estimate import BiasClass, Estimate
 
-#: From this many chains on, their differences tell the error.
-_MANY_CHAINS = 20
+#: From this many chains on their differences tell the error, if there are fewer samples than these.
+_MANY_CHAINS, _SHORT = 20, 50
 #: Entries of a series that are treated at a time, which bounds the memory.
 _CHUNK = 1 << 23
 
@@ -21,9 +21,11 @@ _CHUNK = 1 << 23
 def chain_error(series: Tensor) -> tuple[Tensor, Tensor]:
     """Standard error of the mean of series of independent chains, and its inefficiency.
 
-    From 20 chains on the error follows from the differences of their means, with Student's factor,
-    and knows of every correlation in time. For fewer it follows from the correlation in time within
-    each chain, see `mdgraft.ensembles.standard_error`.
+    It follows from the correlation in time of the series, one chain after the other, since between
+    chains there is none; it is calibrated for few and for skewed numbers, see
+    `mdgraft.ensembles.standard_error`. Where many chains are too short for that, it follows from
+    the differences of their means, with Student's factor, which holds for chains that are not
+    stationary as well.
 
     Parameters
     ----------
@@ -41,25 +43,21 @@ def chain_error(series: Tensor) -> tuple[Tensor, Tensor]:
     flat = series.reshape(n_samples, n_chains, -1)
     total = n_samples * n_chains
     variance = flat.reshape(total, -1).var(dim=0, correction=0)
-    if n_chains >= _MANY_CHAINS:
+    if n_chains >= _MANY_CHAINS and n_samples < _SHORT:
         widened = float(stats.t.ppf(0.975, n_chains - 1)) / float(stats.norm.ppf(0.975))
-        spread = flat.mean(dim=0).var(dim=0)
-        error = widened * (spread / n_chains).sqrt()
+        squared = flat.mean(dim=0).var(dim=0) / n_chains
         safe = torch.where(variance > 0, variance, 1.0)
-        inefficiency = torch.where(variance > 0, total * (spread / n_chains) / safe, 1.0)
+        inefficiency = torch.where(variance > 0, total * squared / safe, 1.0)
         inefficiency = inefficiency.clamp(min=1.0, max=float(total))
-        return error.reshape(shape), inefficiency.reshape(shape)
-    errors, inefficiencies = [], []
-    width = max(1, _CHUNK // max(1, n_samples))
-    for columns in torch.split(flat.reshape(n_samples, -1), width, dim=1):
-        error, g = _standard_error(columns)
-        errors.append(error)
-        inefficiencies.append(g)
-    if not errors:
+        return (widened * squared.sqrt()).reshape(shape), inefficiency.reshape(shape)
+    by_chain = flat.transpose(0, 1).reshape(total, -1)
+    parts = [
+        _standard_error(columns)
+        for columns in torch.split(by_chain, max(1, _CHUNK // total), dim=1)
+    ]
+    if not parts:
         return flat.new_zeros(shape), flat.new_ones(shape)
-    per_chain = torch.cat(errors).reshape(n_chains, -1)
-    error = per_chain.square().sum(dim=0).sqrt() / n_chains
-    inefficiency = torch.cat(inefficiencies).reshape(n_chains, -1).mean(dim=0)
+    error, inefficiency = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return error.reshape(shape), inefficiency.reshape(shape)
 
 

@@ -102,9 +102,8 @@ def _log_density(rotation: Tensor, scale: float) -> Tensor:
     _, angle = _axis_angle(rotation)
     turns = 2.0 * math.pi * torch.arange(-8, 9, dtype=torch.float64, device=angle.device)
     exponents = -0.5 * ((angle[:, None] + turns) / scale).square()
-    log_density: Tensor = exponents.logsumexp(dim=1)
     measure = 2.0 * (0.5 * angle).sin().clamp(min=1e-12).log()
-    density: Tensor = log_density - measure
+    density: Tensor = exponents.logsumexp(dim=1) - measure
     return density
 
 
@@ -124,7 +123,8 @@ def _alignment(source: Tensor, destination: Tensor) -> Tensor:
     sign = torch.linalg.det(v @ u.transpose(-1, -2))
     flip = torch.ones_like(u[:, 0])
     flip[:, 2] = sign
-    return (v * flip[:, None]) @ u.transpose(-1, -2)
+    rotation: Tensor = (v * flip[:, None]) @ u.transpose(-1, -2)
+    return rotation
 
 
 def _matrix(axis: Tensor, angle: Tensor) -> Tensor:
