@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -20,18 +21,13 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def _included(block: str) -> str:
-    """The text of a block, or that of the file that it includes."""
-    file = re.fullmatch(r'--8<-- "(.+)"\n', block)
-    return (ROOT / file[1]).read_text(encoding="utf-8") if file else block
-
-
 def blocks(path: Path, language: str) -> list[tuple[int, str]]:
     """Fenced blocks of a page with the line on which each begins."""
     text = path.read_text(encoding="utf-8")
     return [
-        (text.count("\n", 0, found.start()) + 1, _included(found[1]))
+        (text.count("\n", 0, found.start()) + 1, found[1])
         for found in re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+        if not found[1].startswith("--8<--")
     ]
 
 
@@ -44,11 +40,18 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=name)
+def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    runpy.run_path(str(example), run_name="__main__")
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "toml")], ids=name)
 def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
     from mdgraft.fitting.config import load_config
 
-    text = "\n".join(block for _, block in blocks(page, "toml"))
+    text = "\n".join(block for _, _, block in blocks(page, "toml"))
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
     assert (
         load_config(tmp_path / "page.toml").targets.keys() == tomllib.loads(text)["targets"].keys()

@@ -46,6 +46,7 @@ FLOORS = (
         "_graft",
         "_comparison",
         "_model_checks",
+        "_model_subject",
         "estimate",
         "ensembles",
         "dynamics",

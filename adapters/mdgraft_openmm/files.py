@@ -303,7 +303,8 @@ def _refuse_code(argument: str, path: str | Path, text: str) -> None:
 def _inspect(argument: str, path: str | Path, text: str, wanted: str) -> set[str]:
     """Check that the XML is complete and its numbers are numbers; return the classes of force."""
     forces: set[str] = set()
-    parser = xml.parsers.expat.ParserCreate()
+    # Whatever the declaration says: OpenMM gets this text as UTF-8.
+    parser = xml.parsers.expat.ParserCreate("UTF-8")
 
     def start(element: str, attributes: dict[str, str]) -> None:
         if element == "Force" and "type" in attributes:

@@ -359,6 +359,8 @@ def energy_of(
     InvalidInputError
         If it is none of these, or atomic numbers are needed and not known.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InvalidInputError(f"dtype: got {dtype!r}, wanted a floating-point type of torch")
     if is_model_of_atoms(model):
         if numbers is None:
             raise InvalidInputError(

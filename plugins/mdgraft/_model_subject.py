@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -117,10 +118,13 @@ class Subject:
                 f"model: got {type(model).__name__}, wanted a Potential, a model of atoms or a "
                 "function of positions and box"
             )
-        self.function: Function = model if self.potential is None else self.potential
-        like = self.potential
-        self.dtype = (dtype or torch.float64) if like is None else like.dtype
-        self.device = torch.device("cpu") if like is None else like.device
+        self.function: Function = self.potential or _function(model, dtype)
+        self.dtype, self.device = dtype or torch.float64, torch.device("cpu")
+        if isinstance(self.function, Potential):
+            self.dtype, self.device = self.function.dtype, self.function.device
+        elif isinstance(model, nn.Module):
+            own = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+            self.dtype, self.device = dtype or own.dtype, own.device
         self.x = self._tensor("positions", positions, (3,))
         self.h = None if box is None else self._tensor("box", box, (3, 3))
         if self.numbers is not None and self.numbers.shape != self.x.shape[:1]:
@@ -180,13 +184,26 @@ class Subject:
         return -slope
 
     def split(self, found: Any) -> tuple[Tensor, Tensor | None]:
-        energy, forces = found if isinstance(found, tuple) else (found, None)
-        energy = torch.as_tensor(energy)
+        """A function's result as energy ``()`` and, if it returns them, forces ``(N, 3)``."""
+        try:
+            energy, forces = found if isinstance(found, tuple) else (found, None)
+            energy = torch.as_tensor(energy)
+            forces = None if forces is None else torch.as_tensor(forces)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(
+                f"model: returned {type(found).__name__}, wanted an energy, or a tuple of energy "
+                f"and forces ({error})"
+            ) from error
         if energy.numel() != 1:
             raise InvalidInputError(
                 f"model: returned an energy of shape {tuple(energy.shape)} for one frame"
             )
-        return energy.reshape(()), None if forces is None else torch.as_tensor(forces)
+        if forces is not None and forces.shape != self.x.shape:
+            raise InvalidInputError(
+                f"model: returned forces of shape {tuple(forces.shape)} for positions of shape "
+                f"{tuple(self.x.shape)}"
+            )
+        return energy.reshape(()), forces
 
     def allowed(self, *energies: Any) -> float:
         """The error that an energy may have: relative to what forces do, and by rounding."""
@@ -216,6 +233,20 @@ def _in_precision(model: _M, dtype: torch.dtype | None) -> _M:
     tensors = [*model.parameters(), *model.buffers()]
     kinds = {t.dtype for t in tensors if t.is_floating_point()}
     return model if dtype is None or kinds <= {dtype} else copy.deepcopy(model).to(dtype)
+
+
+def _function(model: Any, dtype: torch.dtype | None) -> Function:
+    """A function of positions and box; one of positions alone does not want the box."""
+    if isinstance(model, nn.Module):
+        model = _in_precision(model, dtype)
+    try:
+        inspect.signature(getattr(model, "forward", model)).bind(0, 0)
+    except TypeError:
+        return lambda x, h: model(x)
+    except ValueError:
+        pass
+    function: Function = model
+    return function
 
 
 def check(name: str, error: Any, allowed: float, detail: str) -> ModelCheck:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import mdgraft
 import mdgraft_ase
 import numpy as np
 import openmm
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import MixedCalculator, SumCalculator
+from ase.calculators.qmmm import SimpleQMMM
 from ase_systems import as_atoms, close, diatomic, rigid_four_site_water, water
 from mdgraft import InvalidInputError
 from mdgraft_ase import MDGraftCalculator
@@ -78,6 +84,36 @@ def test_the_elements():
         atoms.get_forces()
     with pytest.raises(InvalidInputError, match="one whole number"):
         MDGraftCalculator(case.potential, atomic_numbers=["C", "O"])
+
+
+@pytest.mark.parametrize(
+    ("make", "route", "checked"),
+    [
+        (EMT, "native", [0, 1, 2, 3]),
+        (EMT, "host", [0, 1, 2, 3]),
+        (lambda: SumCalculator([EMT(), LennardJones()]), "native", [0, 1, 2, 3]),
+        (lambda: MixedCalculator(LennardJones(), EMT(), 0.3, 0.7), "native", [0, 1, 2, 3]),
+        (lambda: SimpleQMMM([3, 1], EMT(), LennardJones(), LennardJones()), "native", [1, 3]),
+        (LennardJones, "native", []),
+    ],
+)
+def test_elements_that_a_potential_was_made_for(make, route, checked):
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = make()
+    potential = mdgraft.graft(atoms, route=route)
+    energy = atoms.get_potential_energy()
+    for k in range(4):
+        other = atoms.copy()
+        other.calc = MDGraftCalculator(potential)
+        other.numbers[k] = 47
+        if k in checked:
+            with pytest.raises(InvalidInputError, match=f"atom {k} is Ag, but .* for Cu there"):
+                other.get_potential_energy()
+        else:
+            close(other.get_potential_energy(), energy, 1e-12)
+        # An atom of no element, as a System without a topology has them.
+        other.numbers[k] = 0
+        close(other.get_potential_energy(), energy, 1e-12)
 
 
 # Atoms from a System ---------------------------------------------------------------------------

@@ -261,6 +261,58 @@ def test_numbers_in_a_closure_and_loaded_states():
     assert atoms.get_potential_energy() != pytest.approx(before)
 
 
+class Holder:
+    """Not callable itself; one of its methods is an energy."""
+
+    def __init__(self):
+        self.k = 1.0
+
+    def energy(self, x, h):
+        return self.k * x.square().sum()
+
+
+class SlottedHolder:
+    __slots__ = "k"
+    __init__ = Holder.__init__
+    energy = Holder.energy
+
+
+class Counting(torch.nn.Module):
+    """With a number that is no parameter, and a count of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = 1.0
+        self.calls = 0
+
+    def energy(self, x, h):
+        return self(x, h)
+
+    def forward(self, x, h):
+        self.calls += 1
+        return self.k * x.square().sum()
+
+
+@pytest.mark.parametrize("wrapped", ["method", "closure"])
+@pytest.mark.parametrize("kind", [Holder, SlottedHolder, Counting])
+def test_numbers_that_objects_hold(kind, wrapped):
+    held = kind()
+    energy = held.energy if wrapped == "method" else (lambda x, h: held.energy(x, h))
+    atoms = Atoms("H", positions=[[1, 0, 0]], calculator=MDGraftCalculator(energy))
+    assert atoms.get_potential_energy() == pytest.approx(0.01 * KJ)
+    held.k = 3.0
+    assert atoms.get_potential_energy() == pytest.approx(0.03 * KJ)
+
+
+def test_a_count_of_calls_is_no_change():
+    module = Counting()
+    atoms = Atoms("H", positions=[[1, 0, 0]], calculator=MDGraftCalculator(module, check=False))
+    for _ in range(2):
+        atoms.get_forces()
+        atoms.get_potential_energy()
+    assert module.calls == 1
+
+
 @pytest.mark.parametrize("kind", ["open", "skewed", "without sites"])
 def test_a_training_step_uses_the_potential_itself(kind):
     if kind == "open":

@@ -17,6 +17,7 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.morse import MorsePotential
 from ase.constraints import FixAtoms, Hookean
 from ase.filters import FrechetCellFilter
+from ase.mep import DimerControl, MinModeAtoms
 from ase_graft_cases import CALCULATORS, STRUCTURES, random_structure, structure, with_calculator
 from mdgraft.ensembles.frame_derivatives import frame_derivatives
 from mdgraft.testing import check_potential, finite_difference
@@ -416,6 +417,9 @@ def test_what_makes_no_sense_is_refused(make: object, message: str) -> None:
 def test_other_objects_of_ase_are_refused() -> None:
     with pytest.raises(mdgraft.UnsupportedHostError, match="wanted ase.Atoms with a calculator"):
         mdgraft.graft(FixAtoms([0]))
+    saddle = MinModeAtoms(with_calculator("cluster", "lj"), DimerControl(logfile=None))
+    with pytest.raises(mdgraft.InvalidInputError, match="MinModeAtoms is a view of atoms"):
+        mdgraft.graft(saddle)
 
 
 def test_routes_are_checked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ase import units
 from ase.build import bulk
 from ase.calculators.eam import EAM
 from ase.calculators.fd import calculate_numerical_forces
+from ase.calculators.tersoff import Tersoff
 from ase_graft_force_fields import CASES
 from mdgraft.kernels.external import FOUR_POINTS
 from mdgraft.testing import check_potential, finite_difference
@@ -50,6 +52,28 @@ def test_stress_is_that_of_ase(name: str) -> None:
         mdgraft_ase.stress(potential, atoms), atoms.get_stress(), rtol=1e-9, atol=1e-12
     )
     assert mdgraft_ase.stress(potential, atoms, voigt=False).shape == (3, 3)
+
+
+@pytest.mark.parametrize("m", [1.0, 2.0, 3.0])
+def test_third_derivatives_of_bonds_of_equal_length(m: float) -> None:
+    # In a crystal the exponent (lambda3 (r_ij - r_ik))**m is a power of zero.
+    atoms = bulk("Si")
+    crystal = dataclasses.replace(CASES["silicon"]().calc.parameters["Si", "Si", "Si"], m=m)
+    atoms.calc = Tersoff({("Si", "Si", "Si"): crystal})
+    potential = mdgraft.graft(atoms)
+    x, h = mdgraft_ase.positions_and_box(atoms)
+
+    def along(t: torch.Tensor) -> torch.Tensor:
+        strain = torch.eye(3, dtype=h.dtype) + t * torch.tensor(
+            [[0.3, 0.1, 0.0], [0.0, -0.2, 0.4], [0.2, 0.0, 0.1]], dtype=h.dtype
+        )
+        return potential(x @ strain, h @ strain)
+
+    second = torch.func.grad(torch.func.grad(along))
+    found = float(torch.func.grad(second)(torch.zeros((), dtype=h.dtype)).detach())
+    step = 1e-4
+    ends = [float(second(torch.tensor(t * step, dtype=h.dtype)).detach()) for t in (1.0, -1.0)]
+    assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["silicon", "silicon_and_germanium", "silicon_dimer"])

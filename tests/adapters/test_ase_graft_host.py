@@ -296,6 +296,28 @@ def test_failures_are_typed() -> None:
         potential(x)
 
 
+class Shaped(Calculator):
+    """An energy as an array of one, and forces of a shape that is a parameter."""
+
+    implemented_properties: ClassVar = ["energy", "forces"]
+    default_parameters: ClassVar = {"shape": (2, 3)}
+
+    def calculate(self, *args: Any, **kwargs: Any) -> None:
+        super().calculate(*args, **kwargs)
+        self.results = {"energy": np.array([2.0]), "forces": np.ones(self.parameters["shape"])}
+
+
+def test_shapes_of_results() -> None:
+    _, potential, x, h = _host(Shaped())
+    assert float(potential(x, h).detach()) == pytest.approx(2 * EV)
+    assert potential.forces(x, h).shape == (2, 3)
+    _, potential, x, h = _host(Shaped(shape=(1, 3)))
+    with pytest.raises(
+        mdgraft.SimulationError, match=r"forces has shape \(1, 3\), wanted \(2, 3\)"
+    ):
+        potential(x, h)
+
+
 def test_a_calculator_without_energy() -> None:
     class Nothing(Calculator):
         implemented_properties: ClassVar = ["dipole"]
@@ -383,6 +405,17 @@ def test_a_subclass_with_a_formula_of_its_own_goes_by_the_host() -> None:
     assert energy == pytest.approx(atoms.get_potential_energy() * EV, rel=1e-12)
     with pytest.raises(mdgraft.UnsupportedForceError, match="Halved"):
         mdgraft.graft(atoms, route="native")
+
+
+def test_forces_of_ones_own_go_by_the_host() -> None:
+    class Damped(LennardJones):
+        def get_forces(self, atoms: Any = None) -> Any:
+            return 0.5 * super().get_forces(atoms)
+
+    atoms, potential, x, h = _host(Damped(sigma=2.2))
+    assert potential.routes == {"Damped": "host"}
+    forces = potential.forces(x, h).detach().numpy() / (EV / ANGSTROM)
+    np.testing.assert_allclose(forces, atoms.get_forces(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_subclass_without_one_is_native() -> None:

@@ -417,6 +417,84 @@ def test_what_cannot_be_separated_is_named():
         mixed_system(system, model, [0, 1], link_atoms=False, keep=["Colour"])
 
 
+def test_restraints_of_all_atoms_need_no_place_for_link_atoms():
+    """A list that happens to name every particle is still a list."""
+    system, topology, positions = vacuum()
+    restrained = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    force = openmm.CustomExternalForce("10*(x^2+y^2+z^2)")
+    for i in range(22):
+        force.addParticle(i)
+    restrained.addForce(force)
+    options = {"topology": topology}
+    plain = evaluate(mixed_system(system, nothing, REGIONS["middle"], **options), positions)[0]
+    mixed = mixed_system(restrained, nothing, REGIONS["middle"], **options)
+    expected = plain + 10 * (positions**2).sum()
+    assert evaluate(mixed, positions)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_variables_that_count_particles_are_named():
+    """OpenMM would find out when the Context is made."""
+    system, topology, _ = vacuum()
+    inner = openmm.CustomGBForce()
+    for _ in range(22):
+        inner.addParticle([])
+    variable = openmm.CustomCVForce("x")
+    variable.addCollectiveVariable("x", inner)
+    outer = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    outer.addForce(variable)
+    with pytest.raises(UnsupportedForceError, match="CustomCVForce wants parameters|wants param"):
+        mixed_system(
+            outer, nothing, REGIONS["middle"], topology=topology, keep=variable.getName()
+        )
+
+
+@pytest.mark.parametrize("expression", ["a(type1, type2)/r^6", "k*present/r^6; present=a(0,1); k=2"])
+def test_link_atoms_stay_out_of_custom_corrections(expression):
+    """Zero is a kind of particle like any other; the correction counts pairs of all kinds."""
+    system, topology, positions = solvated()
+    custom = openmm.CustomNonbondedForce(expression)
+    custom.addTabulatedFunction("a", openmm.Discrete2DFunction(2, 2, [1e-3, 2e-3, 2e-3, 5e-3]))
+    custom.addPerParticleParameter("type")
+    for i in range(system.getNumParticles()):
+        custom.addParticle([i % 2])
+    (nonbonded,) = (f for f in system.getForces() if isinstance(f, openmm.NonbondedForce))
+    for i in range(nonbonded.getNumExceptions()):
+        custom.addExclusion(*nonbonded.getExceptionParameters(i)[:2])
+    custom.setNonbondedMethod(openmm.CustomNonbondedForce.CutoffPeriodic)
+    custom.setCutoffDistance(0.7)
+    custom.setUseLongRangeCorrection(True)
+    whole = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    whole.addForce(custom)
+    between = mixed_system(
+        whole, network(), REGIONS["middle"], topology=topology, interpolate=True
+    )
+    start = evaluate(between, positions, lambda_interpolate=0.0)
+    classical = evaluate(whole, positions)
+    # Two particles more among N change the mean over pairs by 2/N^2, were they counted by 2/N.
+    uncorrected = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(whole))
+    uncorrected.getForce(uncorrected.getNumForces() - 1).setUseLongRangeCorrection(False)
+    correction = classical[0] - evaluate(uncorrected, positions)[0]
+    n = system.getNumParticles()
+    assert abs(correction) > 1.0
+    allowed = 1e-3 + 10 / n**2 * abs(correction)
+    assert start[0] == pytest.approx(classical[0], abs=allowed)
+    assert 2 / n * abs(correction) > 3 * allowed
+    np.testing.assert_allclose(start[1][: len(positions)], classical[1], rtol=1e-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precision(dtype):
+    """A copy is moved; the model that may be in training stays as it is."""
+    system, topology, positions = vacuum()
+    model = network()
+    mixed = mixed_system(system, model, range(22), topology=topology, dtype=dtype, device="cpu")
+    expected = evaluate(mixed_system(system, model, range(22), topology=topology), positions)[0]
+    error = abs(evaluate(mixed, positions)[0] - expected)
+    assert error < (1e-3 if dtype == torch.float32 else 1e-12)
+    assert (error == 0) == (dtype == torch.float64)
+    assert model.shift.dtype == torch.float64
+
+
 # Borders --------------------------------------------------------------------------------------
 
 
@@ -468,6 +546,12 @@ def test_without_link_atoms_the_border_stays():
         ({"atoms": REGIONS["middle"], "link_distances": {(0, 1): 0.1}}, "no bonds from inside"),
         ({"atoms": REGIONS["middle"], "link_distances": {(6, 4): -0.1}}, "positive"),
         ({"atoms": [6, 14]}, "several atoms"),
+        ({"atoms": None}, "atoms: wanted indices"),
+        ({"atoms": [0.5]}, "atoms: wanted indices"),
+        ({"bonds": [(0, 1, 2)]}, "pairs of different"),
+        ({"dtype": "float32"}, "dtype: got 'float32'"),
+        ({"interpolate": "two words"}, "interpolate: got 'two words'"),
+        ({"interpolate": "model"}, "other than 'model'"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, match):
@@ -475,6 +559,43 @@ def test_arguments_that_make_no_sense(arguments, match):
     given = {"model": network(), "atoms": range(22), "topology": topology, **arguments}
     with pytest.raises(InvalidInputError, match=match):
         mixed_system(system, **given)
+
+
+def test_interpolation_wants_a_parameter_of_its_own():
+    system, topology, _ = vacuum()
+    first = mixed_system(system, nothing, range(6), topology=topology, interpolate="mix")
+    with pytest.raises(InvalidInputError, match="'mix' is a global parameter of neural"):
+        mixed_system(
+            first, nothing, [16], topology=topology, interpolate="mix", keep="neural", name="b"
+        )
+
+
+def test_interpolation_keeps_other_derivatives():
+    """Of global parameters that the force field has within the region, and of the model's own."""
+    system, topology, positions = vacuum()
+    whole = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    for force in (
+        openmm.CustomBondForce("stiff*(r-0.15)^2"),
+        openmm.CustomNonbondedForce("stiff*exp(-5*r)"),
+    ):
+        force.addGlobalParameter("stiff", 100.0)
+        force.addEnergyParameterDerivative("stiff")
+        if isinstance(force, openmm.CustomBondForce):
+            force.addBond(6, 8)
+            force.addBond(0, 1)
+        else:
+            for _ in range(22):
+                force.addParticle([])
+            (charges,) = (f for f in whole.getForces() if isinstance(f, openmm.NonbondedForce))
+            for i in range(charges.getNumExceptions()):
+                force.addExclusion(*charges.getExceptionParameters(i)[:2])
+        whole.addForce(force)
+    mixed = mixed_system(whole, network(), REGIONS["middle"], topology=topology, interpolate=True)
+    at = {
+        k: evaluate(mixed, positions, lambda_interpolate=0.3, stiff=k) for k in (99.0, 100.0, 101.0)
+    }
+    expected = (at[101.0][0] - at[99.0][0]) / 2
+    assert at[100.0][3]["stiff"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_interpolation_wants_a_model_that_pickles():

@@ -231,3 +231,74 @@ def test_names_of_checks():
     assert report["hessian"].status == "skipped"
     with pytest.raises(mdgraft.InvalidInputError, match="no check 'colour'"):
         report["colour"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("box", [None, [[0.9, 0, 0], [0, 0.9, 0], [0, 0, 0.9]]])
+@pytest.mark.parametrize("n", [1, 2])
+def test_energies_without_forces_raise_no_alarm(n, box, dtype):
+    """One atom, and two that do not see each other, have forces of zero to rounding."""
+    x = torch.tensor([[0.1, 0.2, 0.0], [0.55, 0.2, 0.0]])[:n]
+    model = Pairs()
+    report = check_model(_Offset(model), x, box, [8, 1][:n], dtype=dtype)
+    assert report["forces"].status == "passed"
+
+
+class _Offset(AtomicModel):
+    """A model with a large constant energy, as those that were fitted to total energies."""
+
+    def __init__(self, model, offset=-30.0):
+        super().__init__(cutoff=model.cutoff)
+        self.model, self.offset = model, offset
+
+    def forward(self, inputs):
+        return self.model(inputs) + self.offset * inputs.n_atoms / inputs.n_frames
+
+
+def test_differences_that_precision_cannot_show_are_skipped():
+    model = _Offset(Pairs(), -1e6)
+    report = check_model(model, atoms(), None, NUMBERS, dtype=torch.float32)
+    assert report["forces"].status == "skipped"
+    assert "lost in torch.float32" in report["forces"].detail
+    assert check_model(model, atoms(), None, NUMBERS)["forces"].status == "passed"
+    assert "forces" in failing(_Offset(Pairs(**{"half a graph": True}), -1e6))
+
+
+def test_a_name_gives_the_check_that_is_nearest_to_failing():
+    report = check_model(Pairs(), atoms(), None, NUMBERS)
+    of_name = [check for check in report.checks if check.name == "smoothness"]
+    assert len(of_name) > 2
+    worst = max(check.error / check.allowed for check in of_name)
+    assert report["smoothness"].error / report["smoothness"].allowed == worst
+
+
+class _Spring(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.k = nn.Parameter(torch.tensor(300.0, dtype=dtype))
+
+    def forward(self, x):
+        return self.k * (x[0] - x[1]).square().sum()
+
+
+@pytest.mark.parametrize("own", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, None])
+def test_modules_of_positions_alone(own, dtype):
+    model = _Spring(own)
+    report = check_model(model, atoms(), dtype=dtype, skip="torque")
+    assert report["torque"].detail == "as asked for"
+    assert model.k.dtype == own
+
+
+@pytest.mark.parametrize(
+    ("result", "match"),
+    [
+        (None, "returned NoneType"),
+        ([1.0, 2.0], r"an energy of shape \(2,\)"),
+        ((torch.zeros(()), torch.zeros(3)), r"forces of shape \(3,\)"),
+        ((1.0, 2.0, 3.0), "returned tuple"),
+    ],
+)
+def test_results_that_make_no_sense(result, match):
+    with pytest.raises(InvalidInputError, match=match):
+        check_model(lambda x, box: result, atoms())

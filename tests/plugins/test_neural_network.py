@@ -163,10 +163,47 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     model = network()
     model.save(path)
     stored = torch.load(path, weights_only=True)
-    stored["options"]["channels"] = 3
+    stored["options"]["rounds"] = 3
     torch.save(stored, path)
     with pytest.raises(InvalidInputError, match="do not fit"):
         MessagePassingNetwork.load(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: stored.pop("options"),
+        lambda stored: stored.pop("state"),
+        lambda stored: stored.update(options=3),
+        lambda stored: stored.update(state=[1]),
+        lambda stored: stored["options"].pop("length"),
+        lambda stored: stored["options"].pop("cutoff"),
+        lambda stored: stored["options"].update(other=1),
+        lambda stored: stored["options"].update(channels=10**6),
+        lambda stored: stored["options"].update(channels="many"),
+        lambda stored: stored["options"].update(elements=3),
+        lambda stored: stored["state"].update({"embedding.weight": 1}),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "model.pt"
+    network().save(path)
+    stored = torch.load(path, weights_only=True)
+    damage(stored)
+    torch.save(stored, path)
+    with pytest.raises(InvalidInputError, match=f"path: {path} has options that make no sense"):
+        MessagePassingNetwork.load(path)
+
+
+def test_normalize_knows_its_elements():
+    model = network()
+    before = model.shift.clone()
+    energies, forces = torch.ones(2), torch.ones(2, 2, 3)
+    with pytest.raises(InvalidInputError, match=r"got \[26\]"):
+        model.normalize([1, 26], energies, forces)
+    with pytest.raises(InvalidInputError, match="forces: wanted finite"):
+        model.normalize([1, 1], energies, forces * torch.nan)
+    assert torch.equal(model.shift, before)
 
 
 @pytest.mark.parametrize(

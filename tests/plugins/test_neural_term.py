@@ -346,6 +346,34 @@ def test_a_cut_graph_is_found_under_transforms_too():
         assert math.isfinite(potential(atoms()).item())
 
 
+@pytest.mark.parametrize("mappable", [False, True])
+def test_weights_do_not_hide_a_cut_graph(mappable):
+    """The energy has a graph of its weights, and forces would be zero without a word."""
+
+    class Cut(Answers):
+        def __init__(self, cut):
+            super().__init__(lambda i: self.k * self.see(i.positions).sum(-1))
+            self.k = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+            self.see = torch.Tensor.detach if cut else torch.Tensor.sin
+            self.open = mappable
+
+        @property
+        def mappable(self):
+            return self.open
+
+    cut = neural_potential(Cut(True), NUMBERS)
+    with pytest.raises(UnsupportedDerivativeError, match="does not depend on positions"):
+        cut.forces(atoms())
+    with pytest.raises(UnsupportedDerivativeError, match="does not depend on positions"):
+        cut(atoms().requires_grad_())
+    cut(atoms()).backward()
+    assert cut.get_parameter("neural.model.k").grad is not None
+    whole = neural_potential(Cut(False), NUMBERS)
+    torch.testing.assert_close(
+        whole.forces(atoms()), -2 * atoms().cos().expand(5, 3), check_dtype=False
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

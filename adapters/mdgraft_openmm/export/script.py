@@ -94,7 +94,9 @@ def _checked(
     # A class of its own, since instances of one class would share the forward that is defined.
     holder = type("Energy", (_Holder,), {})
     made = _jit.script(holder(inner, particles, function.device))
-    made.define(_text(function, particles is not None, by_name, forces))
+    # A trace knows one number of particles, and may have unrolled a loop over them.
+    count = None if by_name or particles is not None else len(frames[0][0])
+    made.define(_text(function, particles is not None, by_name, forces, count))
     buffer = io.BytesIO()
     # What refers to Python can be made but not saved.
     _jit.save(made, buffer)
@@ -105,7 +107,9 @@ def _checked(
     return made, forces
 
 
-def _text(function: EnergyFunction, subset: bool, by_name: bool, forces: bool) -> str:
+def _text(
+    function: EnergyFunction, subset: bool, by_name: bool, forces: bool, count: int | None
+) -> str:
     """The forward of the wrapper: arguments as OpenMM passes them, in the module's precision."""
     names = list(function.defaults)
     if len({f"global_{name}" for name in names if name.isidentifier()}) != len(names):
@@ -124,7 +128,11 @@ def _text(function: EnergyFunction, subset: bool, by_name: bool, forces: bool) -
         passed.append(f"{name}={value}" if by_name else value)
     call = f"self.inner({', '.join(passed)})"
     chosen = "positions.index_select(0, self.particles)" if subset else "positions"
-    lines = [f"def forward(self, {', '.join(arguments)}):", f"    x = {chosen}.to({dtype})"]
+    lines = [f"def forward(self, {', '.join(arguments)}):"]
+    if count is not None:
+        complaint = f"the System has not the {count} particles of the example"
+        lines.append(f"    assert positions.shape[0] == {count}, {complaint!r}")
+    lines.append(f"    x = {chosen}.to({dtype})")
     if not forces:
         lines.append(f"    return {call}.reshape([])")
     else:

@@ -101,9 +101,13 @@ class ConstraintSet(nn.Module):
         pbc: Sequence[bool] = (False, False, False),
     ) -> None:
         super().__init__()
-        self.masses = nn.Parameter(as_numbers("masses", masses, "dalton"), requires_grad=False)
-        distances = as_numbers("lengths", lengths, NANOMETER).to(self.masses)
-        self.lengths = nn.Parameter(distances, requires_grad=False)
+        weights, distances = as_numbers("masses", masses, "dalton"), as_numbers(
+            "lengths", lengths, NANOMETER
+        )
+        # Single precision only if both are.
+        dtype = torch.promote_types(weights.dtype, distances.dtype)
+        self.masses = nn.Parameter(weights.to(dtype), requires_grad=False)
+        self.lengths = nn.Parameter(distances.to(self.masses), requires_grad=False)
         index = torch.as_tensor(pairs).reshape(-1, 2).long().cpu()
         check_structure(index.numpy(), self.lengths.detach(), self.masses.detach())
         if sites is not None and sites.n_particles != self.n_particles:
@@ -116,6 +120,7 @@ class ConstraintSet(nn.Module):
         self.pbc = (bool(pbc[0]), bool(pbc[1]), bool(pbc[2]))
         self._batches = nn.ModuleList(batches_of(index.numpy(), self.n_particles))
         self._sort_rows(len(index))
+        self.to(self.masses)
 
     def _sort_rows(self, n_constraints: int) -> None:
         """Lay out the rows of all batches."""

@@ -190,19 +190,21 @@ class NeuralTerm(AbstractTerm):
 
     def _check_graph(self, energies: Tensor, inputs: AtomicInputs) -> None:
         """Raise if the energy's graph does not reach the positions, though those have one."""
+        if self._connected or not inputs.displacements.requires_grad:
+            return
         given = (inputs.displacements, inputs.positions, inputs.cells)
         sources = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
-        # Weights have graphs as well, so that the graph has to be followed; once will do.
-        if self._connected or not inputs.displacements.requires_grad or is_transformed(sources):
-            return
-        if not _reaches(energies, sources):
+        # Weights have graphs as well, so that the graph has to be followed; once will do. Under
+        # transforms it is out of sight.
+        hidden = is_transformed(sources)
+        self._connected = not hidden and _reaches(energies, sources)
+        if not (energies.requires_grad if hidden else self._connected):
             raise UnsupportedDerivativeError(
                 f"model: the energy of {type(self.model).__name__} does not depend on positions by "
                 "its graph although they have one, so that its forces would be zero; remove "
                 "detach(), .data or torch.no_grad() from its forward. An energy that is constant "
                 "may add 0 * inputs.displacements.sum()"
             )
-        self._connected = True
 
 
 def neural_potential(
