@@ -85,6 +85,24 @@ def is_mixture(calculator: Any) -> bool:
     )
 
 
+def sums(calculator: Any) -> Iterator[Any]:
+    """A calculator, if it is a sum that is opened, and the sums within it."""
+    if is_mixture(calculator):
+        yield calculator
+        inner = calculator.mixer.calcs
+    elif _is_subtractive(calculator):
+        yield calculator
+        inner = [calculator.qmcalc, calculator.mmcalc1, calculator.mmcalc2]
+    else:
+        return
+    for part in inner:
+        yield from sums(part)
+
+
+def _is_subtractive(calculator: Any) -> bool:
+    return type(calculator) is SimpleQMMM and _unchanged(calculator, SimpleQMMM)
+
+
 def _unchanged(calculator: Any, cls: Any) -> bool:
     return type(calculator).calculate is cls.calculate and "calculate" not in vars(calculator)
 
@@ -100,7 +118,7 @@ def _opened(part: Part) -> Iterator[Part]:
                 part, calculator=inner, weight=part.weight if fixed else weight
             )
             yield from _opened(weighted)
-    elif type(calculator) is SimpleQMMM and _unchanged(calculator, SimpleQMMM):
+    elif _is_subtractive(calculator):
         yield from _subtractive(part)
     else:
         yield part

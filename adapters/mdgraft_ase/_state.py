@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from ase.calculators.calculator import BaseCalculator
 from torch import Tensor, nn
 
+# What is not looked into. A calculator, this one as well, changes with every calculation.
+_OPAQUE = (types.ModuleType, type, types.BuiltinFunctionType, BaseCalculator)
 # Attributes of modules that are compared.
 _PLAIN = (int, float, complex, str, np.ndarray, np.generic, Tensor)
 
@@ -61,7 +64,7 @@ def leaves(function: Any) -> Iterator[Any]:
                 yield item
             elif isinstance(item, nn.Module):
                 yield from _of_module(item, seen)
-            elif not isinstance(item, types.ModuleType | type | types.BuiltinFunctionType):
+            elif not isinstance(item, _OPAQUE):
                 waiting += reversed(_parts(item))
 
 

@@ -57,7 +57,8 @@ class MDGraftCalculator(Calculator):
         that `mdgraft.graft` takes, such as an ``openmm.System``.
     atomic_numbers
         If given, Atoms must have these: a sequence, or an ``openmm.app.Topology``. Zero where
-        there is no element.
+        there is no element. Without it, elements are compared with those that neural terms and
+        grafts of ASE's calculators were made for.
     particles
         Which of the potential's particles the Atoms are: None for all of them, ``"real"`` for all
         that are not virtual sites, or their indices. Those left out must be virtual sites, which

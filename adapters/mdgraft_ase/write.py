@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mdgraft_ase._adapter import WithoutBox, as_host, own_potential
 from mdgraft_ase._engine import CalculatorEngine
-from mdgraft_ase._parts import Part, is_mixture, parts
+from mdgraft_ase._parts import Part, is_mixture, parts, sums
 from mdgraft_ase._settings import change_setting, forget, like
 from mdgraft_ase.forms import form_of
 from mdgraft_ase.torch_calculators import model_of
@@ -78,7 +78,9 @@ def write_parameters(potential: Potential, atoms_or_calculator: Any) -> None:
             if isinstance(term, Subset):
                 own_values, term = _of(own_values, "term"), term.inner_terms()["term"]
             _write_part(name, part.calculator, part.atoms, term, own_values, write)
-    forget(calculator)
+    # Sums within sums have results of their own, which would be asked for again.
+    for each in (calculator, *sums(calculator)):
+        forget(each)
 
 
 def _of(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

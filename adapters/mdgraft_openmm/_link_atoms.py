@@ -138,9 +138,7 @@ def _spare_from_correction(force: openmm.CustomNonbondedForce) -> None:
     while present in expression:
         present += "_"
     energy, *definitions = expression.split(";")
-    force.setEnergyFunction(
-        ";".join([f"select({present}1*{present}2, {energy}, 0)", *definitions])
-    )
+    force.setEnergyFunction(";".join([f"select({present}1*{present}2, {energy}, 0)", *definitions]))
     force.addPerParticleParameter(present)
     for i in range(force.getNumParticles()):
         force.setParticleParameters(i, [*force.getParticleParameters(i), 1.0])

@@ -17,6 +17,7 @@ from mdgraft_openmm._adapter import _PROPERTIES, as_host
 from mdgraft_openmm._converter import number
 from mdgraft_openmm._copies import faithful_copy
 from mdgraft_openmm.forces import WITHOUT_ENERGY
+from mdgraft_openmm.virtual_sites import read_sites
 
 
 class ContextEnergy:
@@ -66,7 +67,8 @@ class ContextEnergy:
         self.system = _without_ensembles(host.system)
         self.periodic = bool(self.system.usesPeriodicBoundaryConditions())
         self.n_particles = self.system.getNumParticles()
-        self._sites = any(self.system.isVirtualSite(i) for i in range(self.n_particles))
+        #: Virtual sites, or None.
+        self.sites = read_sites(self.system)
         self.context = self.open(openmm.VerletIntegrator(0.001))
 
     @property
@@ -106,7 +108,7 @@ class ContextEnergy:
                 raise MissingBoxError("state: has no box, but the System is periodic; pass box=")
             context.setPeriodicBoxVectors(*box)
         context.setPositions(positions)
-        if self._sites:
+        if self.sites is not None:
             context.computeVirtualSites()
 
     def __call__(self, state: ChainState) -> Tensor:
@@ -115,16 +117,26 @@ class ContextEnergy:
         return torch.tensor(found, dtype=torch.float64, device=state.positions.device)
 
     def energies_and_forces(self, state: ChainState) -> tuple[Tensor, Tensor]:
-        """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64."""
+        """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64.
+
+        Forces on virtual sites are those that their parents feel, and zero on themselves.
+        """
         energies, forces = [], []
         for found in self._states(state, energy=True, forces=True):
             energies.append(number(found.getPotentialEnergy()))
-            forces.append(np.array(found.getForces(asNumpy=True)._value, dtype=np.float64))
+            forces.append(self.forces_of(found))
         device = state.positions.device
         return (
             torch.tensor(energies, dtype=torch.float64, device=device),
             torch.from_numpy(np.stack(forces)).to(device),
         )
+
+    def forces_of(self, state: openmm.State) -> np.ndarray:
+        """Forces ``(N, 3)`` of a State [kJ/mol/nm], zero on virtual sites."""
+        forces = np.array(state.getForces(asNumpy=True)._value, dtype=np.float64)
+        if self.sites is not None:
+            forces[list(self.sites.indices)] = 0.0
+        return forces
 
     def _states(self, state: ChainState, **wanted: bool) -> list[openmm.State]:
         found = []

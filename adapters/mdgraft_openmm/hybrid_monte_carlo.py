@@ -204,7 +204,7 @@ class HybridMonteCarlo(AbstractMove):
             self._run(step)
             state = context.getState(energy=True, forces=True, positions=True, velocities=True)
             end = np.array(state.getPositions(asNumpy=True)._value, dtype=np.float64)
-            force = np.array(state.getForces(asNumpy=True)._value, dtype=np.float64)
+            force = self.energy.forces_of(state)
             v = np.array(state.getVelocities(asNumpy=True)._value, dtype=np.float64)
             v = v * (self._mass > 0)
             if self._leapfrog:
@@ -316,6 +316,13 @@ def _like(arrays: list[np.ndarray], tensor: Tensor) -> Tensor:
 def _check_deterministic(integrator: openmm.Integrator) -> None:
     kind = type(integrator).__name__
     if isinstance(integrator, openmm.VerletIntegrator):
+        groups = integrator.getIntegrationForceGroups() & 0xFFFFFFFF
+        if groups != 0xFFFFFFFF:
+            raise WrongEnsembleError(
+                f"integrator: applies only the force groups {groups:#x}, but the velocities that "
+                "it is given belong to all; call setIntegrationForceGroups(0xFFFFFFFF), or pass "
+                "a MTSIntegrator"
+            )
         return
     if not isinstance(integrator, openmm.CustomIntegrator):
         raise WrongEnsembleError(

@@ -85,8 +85,8 @@ def mixed_system(
         Distance [nm] of a link atom from the region's atom, for pairs (inside, outside), where that
         should not be a sum of covalent radii.
     keep
-        Names of forces, or one name, that act within the region, cannot be separated (implicit solvents,
-        collective variables), and shall stay as they are beside the model.
+        Names of forces, or one name, that act within the region, cannot be separated (implicit
+        solvents, collective variables), and shall stay as they are beside the model.
     periodic
         Whether the model is periodic; by default as the System.
     force_group
@@ -311,8 +311,8 @@ def _check_parameter(name: str, system: openmm.System) -> None:
     """Raise for a name that OpenMM cannot read in an expression, or that has another meaning."""
     if not re.fullmatch(r"[A-Za-z_]\w*", name) or re.fullmatch(r"model|classical_\d+", name):
         raise InvalidInputError(
-            f"interpolate: got {name!r}, wanted a word of letters, digits and _ that does not begin "
-            "with a digit, other than 'model' and 'classical_0'"
+            f"interpolate: got {name!r}, wanted a word of letters, digits and _ that does not "
+            "begin with a digit, other than 'model' and 'classical_0'"
         )
     taken = [
         force.getName()

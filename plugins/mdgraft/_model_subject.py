@@ -119,12 +119,7 @@ class Subject:
                 "function of positions and box"
             )
         self.function: Function = self.potential or _function(model, dtype)
-        self.dtype, self.device = dtype or torch.float64, torch.device("cpu")
-        if isinstance(self.function, Potential):
-            self.dtype, self.device = self.function.dtype, self.function.device
-        elif isinstance(model, nn.Module):
-            own = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-            self.dtype, self.device = dtype or own.dtype, own.device
+        self.dtype, self.device = _kind(self.potential or model, dtype)
         self.x = self._tensor("positions", positions, (3,))
         self.h = None if box is None else self._tensor("box", box, (3, 3))
         if self.numbers is not None and self.numbers.shape != self.x.shape[:1]:
@@ -247,6 +242,17 @@ def _function(model: Any, dtype: torch.dtype | None) -> Function:
         pass
     function: Function = model
     return function
+
+
+def _kind(model: Any, dtype: torch.dtype | None) -> tuple[torch.dtype, torch.device]:
+    """Precision and device of the positions that a model gets."""
+    if isinstance(model, Potential):
+        return model.dtype, model.device
+    weights = model.parameters() if isinstance(model, nn.Module) else iter(())
+    for weight in weights:
+        if weight.is_floating_point():
+            return dtype or weight.dtype, weight.device
+    return dtype or torch.float64, torch.device("cpu")
 
 
 def check(name: str, error: Any, allowed: float, detail: str) -> ModelCheck:

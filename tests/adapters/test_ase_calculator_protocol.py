@@ -304,6 +304,21 @@ def test_numbers_that_objects_hold(kind, wrapped):
     assert atoms.get_potential_energy() == pytest.approx(0.03 * KJ)
 
 
+def test_an_energy_that_looks_at_its_atoms():
+    atoms = Atoms("H", positions=[[1, 0, 0]])
+    made = []
+
+    def energy(x, h):
+        made.append(x)
+        return len(atoms) * x.square().sum()
+
+    atoms.calc = MDGraftCalculator(energy, check=False)
+    for _ in range(2):
+        atoms.get_forces()
+        atoms.get_potential_energy()
+    assert len(made) == 1
+
+
 def test_a_count_of_calls_is_no_change():
     module = Counting()
     atoms = Atoms("H", positions=[[1, 0, 0]], calculator=MDGraftCalculator(module, check=False))

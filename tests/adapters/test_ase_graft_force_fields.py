@@ -12,11 +12,13 @@ import mdgraft_ase
 import numpy as np
 import pytest
 import torch
-from ase import units
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.eam import EAM
 from ase.calculators.fd import calculate_numerical_forces
+from ase.calculators.ff import ForceField
 from ase.calculators.tersoff import Tersoff
+from ase.utils.ff import Angle
 from ase_graft_force_fields import CASES
 from mdgraft.kernels.external import FOUR_POINTS
 from mdgraft.testing import check_potential, finite_difference
@@ -52,6 +54,29 @@ def test_stress_is_that_of_ase(name: str) -> None:
         mdgraft_ase.stress(potential, atoms), atoms.get_stress(), rtol=1e-9, atol=1e-12
     )
     assert mdgraft_ase.stress(potential, atoms, voigt=False).shape == (3, 3)
+
+
+@pytest.mark.parametrize("direction", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("cos", "a0"), [(False, 0.0), (False, np.pi), (True, 0.0), (True, np.pi), (True, 1.9)]
+)
+def test_straight_angles_have_a_stiffness(cos: bool, a0: float, direction: int) -> None:
+    arms = np.roll([[0.0, 0.0, 0.0], [1.16, 0.0, 0.0], [-1.3, 0.0, 0.0]], direction, axis=1)
+    atoms = Atoms("CO2", positions=arms, cell=[9.0] * 3)
+    atoms.calc = ForceField(angles=[Angle(1, 0, 2, k=3.0, a0=a0, cos=cos)])
+    potential = mdgraft.graft(atoms)
+    x, h = mdgraft_ase.positions_and_box(atoms)
+    hessian = torch.func.hessian(lambda moved: potential(moved, h))(x)
+    step = 1e-5
+    for k in range(3):
+        moved = torch.zeros_like(x)
+        moved[0, k] = step
+        ahead, behind = potential.forces(x + moved, h), potential.forces(x - moved, h)
+        torch.testing.assert_close(
+            hessian[0, k], -(ahead - behind) / (2 * step), rtol=1e-5, atol=0.05
+        )
+    # Only (cos a - cos pi)**2 is of the fourth order.
+    assert bool((hessian[0].abs() > 1e3).any()) == (not cos or a0 != np.pi)
 
 
 @pytest.mark.parametrize("m", [1.0, 2.0, 3.0])

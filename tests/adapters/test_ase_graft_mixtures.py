@@ -183,6 +183,31 @@ def test_write_back(name: str, dtype: torch.dtype) -> None:
     assert atoms.get_potential_energy() * EV == pytest.approx(energy, rel=rel)
 
 
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda part: SumCalculator([SumCalculator([part, EMT()]), EMT()]),
+        lambda part: AverageCalculator([MixedCalculator(EMT(), part, 0.4, 0.6)]),
+        lambda part: SumCalculator([SimpleQMMM([0, 1], SumCalculator([part]), EMT(), EMT())]),
+        lambda part: SimpleQMMM([0, 1], EMT(), SumCalculator([EMT(), part]), EMT()),
+    ],
+)
+def test_write_back_into_sums_within_sums(nested: Any) -> None:
+    # Each sum on the way remembers its results.
+    atoms = structure("cluster")
+    part = LennardJones(sigma=2.2, epsilon=0.1)
+    atoms.calc = nested(part)
+    before = atoms.get_potential_energy()
+    potential = mdgraft.graft(atoms)
+    (name,) = (k for k, _ in potential.named_parameters() if k.endswith("epsilon"))
+    potential.get_parameter(name).data.mul_(1.5)
+    mdgraft_ase.write_parameters(potential, atoms)
+    assert part.parameters["epsilon"] == pytest.approx(0.15, rel=1e-12)
+    wanted = float(potential(*mdgraft_ase.positions_and_box(atoms)).detach()) / EV
+    assert atoms.get_potential_energy() == pytest.approx(wanted, rel=1e-9)
+    assert wanted != pytest.approx(before, rel=1e-4)
+
+
 def test_write_back_of_ties() -> None:
     atoms = structure("cluster")
     atoms.calc = SumCalculator([LennardJones(sigma=2.2), LennardJones(sigma=2.2, epsilon=0.1)])

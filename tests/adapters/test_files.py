@@ -245,6 +245,17 @@ def test_programs_of_a_broken_plugin_are_not_loaded(
         read_system(path, trust=True)
 
 
+def test_another_encoding_is_not_believed(tmp_path: Path, system_xml: str) -> None:
+    """OpenMM does not either."""
+    _, _, rest = system_xml.partition("?>")
+    for name in ("utf-7", "cp037", "no-such-encoding"):
+        text = f'<?xml version="1.0" encoding="{name}" ?>{rest}'
+        assert openmm.XmlSerializer.serialize(read_system(write(tmp_path, text))) == system_xml
+    text = f'<?xml version="1.0" encoding="utf-7" ?>{rest}<!-- &#80;ythonForce -->'
+    with pytest.raises(UntrustedInputError, match="mentions a PythonForce"):
+        read_system(write(tmp_path, text))
+
+
 def test_entities_are_refused(tmp_path: Path, system_xml: str) -> None:
     entity = '<!DOCTYPE System [<!ENTITY a "Python">]><System'
     text = system_xml.replace("<System", entity, 1)

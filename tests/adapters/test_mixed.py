@@ -443,12 +443,12 @@ def test_variables_that_count_particles_are_named():
     outer = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
     outer.addForce(variable)
     with pytest.raises(UnsupportedForceError, match="CustomCVForce wants parameters|wants param"):
-        mixed_system(
-            outer, nothing, REGIONS["middle"], topology=topology, keep=variable.getName()
-        )
+        mixed_system(outer, nothing, REGIONS["middle"], topology=topology, keep=variable.getName())
 
 
-@pytest.mark.parametrize("expression", ["a(type1, type2)/r^6", "k*present/r^6; present=a(0,1); k=2"])
+@pytest.mark.parametrize(
+    "expression", ["a(type1, type2)/r^6", "k*present/r^6; present=a(0,1); k=2"]
+)
 def test_link_atoms_stay_out_of_custom_corrections(expression):
     """Zero is a kind of particle like any other; the correction counts pairs of all kinds."""
     system, topology, positions = solvated()
@@ -465,9 +465,7 @@ def test_link_atoms_stay_out_of_custom_corrections(expression):
     custom.setUseLongRangeCorrection(True)
     whole = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
     whole.addForce(custom)
-    between = mixed_system(
-        whole, network(), REGIONS["middle"], topology=topology, interpolate=True
-    )
+    between = mixed_system(whole, network(), REGIONS["middle"], topology=topology, interpolate=True)
     start = evaluate(between, positions, lambda_interpolate=0.0)
     classical = evaluate(whole, positions)
     # Two particles more among N change the mean over pairs by 2/N^2, were they counted by 2/N.

@@ -314,6 +314,17 @@ def test_gradients_work_wherever_openmm_is_called():
         assert_close(evaluate(context, 1.0 * POSITIONS), (*truth[:2], {}), 1e-10)
 
 
+def test_the_default_device_is_not_taken():
+    context = open_context(to_force(Springs(), global_parameters=GLOBALS, backend=PYTHON))
+    truth = expected(Springs(), POSITIONS, **GLOBALS)
+    torch.set_default_device("meta")
+    try:
+        found = evaluate(context, POSITIONS)
+    finally:
+        torch.set_default_device(None)
+    assert_close(found, truth, 1e-10)
+
+
 def test_another_thread_keeps_the_number_of_threads():
     seen = {}
 
@@ -358,6 +369,7 @@ def test_nothing_is_kept():
 FAULTS = {
     "raises": (lambda x: {}["bond"], "KeyError: 'bond'"),
     "several energies": (lambda x: x.sum(dim=0), r"InvalidInputError: module: .*shape \(3,\)"),
+    "three things": (lambda x: (x.sum(), x, x), "module: returned 3 things for one frame"),
     "no tensor": (lambda x: 1.0, "InvalidInputError: module: returned float for one frame"),
     "forces of the wrong shape": (
         lambda x: (x.sum(), x[:2]),
@@ -448,10 +460,11 @@ BAD = {
     "negative particles": (plain, {"particles": [-1, 2]}, "different indices from 0 on"),
     "a particle twice": (plain, {"particles": [1, 1]}, "different indices from 0 on"),
     "no indices": (plain, {"particles": [0.5]}, "particles: wanted indices"),
+    "a mask": (plain, {"particles": [True, False]}, "mask of booleans .* numpy.flatnonzero"),
     "no default": (plain, {"global_parameters": ["k", "shift"]}, "'k' has no default"),
     "default no number": (plain, {"global_parameters": {"k": "a"}}, "'a', wanted a number"),
     "default not finite": (plain, {"global_parameters": {"k": np.nan}}, "wanted a finite number"),
-    "no name": (plain, {"global_parameters": {"": 1.0}}, "wanted a mapping from names"),
+    "an empty name": (plain, {"global_parameters": {"": 1.0}}, "wanted a mapping from names"),
     "an unknown derivative": (
         plain,
         {"global_parameters": GLOBALS, "parameter_derivatives": ["q"]},
@@ -463,10 +476,15 @@ BAD = {
         "'a-b' cannot stand in an expression",
     ),
     "a group": (lambda x: x.sum(), {"force_group": 32}, "force_group: got 32, wanted 0 to 31"),
+    "no group": (lambda x: x.sum(), {"force_group": "a"}, "force_group: got 'a', wanted 0"),
+    "no name": (lambda x: x.sum(), {"name": 3}, "name: got 3, wanted a string"),
+    "no names": (lambda x: x.sum(), {"parameter_derivatives": None}, "wanted True, False or names"),
     "a backend": (lambda x: x.sum(), {"backend": "Torch"}, "backend: got 'Torch', wanted 'auto'"),
     "no backend": (lambda x: x.sum(), {"backend": 3}, "backend: got int, wanted 'auto'"),
     "a platform": (lambda x: x.sum(), {"platform": "Abacus"}, "platform: got 'Abacus'"),
     "a dtype": (lambda x: x.sum(), {"dtype": torch.int64}, "dtype: got torch.int64"),
+    "a device": (lambda x: x.sum(), {"device": "abacus"}, "device: got 'abacus', where torch"),
+    "no device": (lambda x: x.sum(), {"device": "meta"}, "device: got 'meta', where torch"),
     "an example": (lambda x: x.sum(), {"example": np.zeros(3)}, r"example: .*wanted \(n, 3\)"),
     "an example with NaN": (lambda x: x.sum(), {"example": np.full((2, 3), np.nan)}, "NaN"),
     "an example without box": (
@@ -521,10 +539,15 @@ def test_defaults_come_from_where_they_are():
         # Derivatives are there without being asked for.
         slope = context.getState(parameterDerivatives=True).getEnergyParameterDerivatives()["k"]
         assert slope == pytest.approx(float((POSITIONS**2).sum()))
-    one = 1 * openmm.unit.kilojoule_per_mole
-    force = to_force(f, global_parameters={"k": one}, parameter_derivatives=False)
-    assert type(force) is openmm.PythonForce
-    assert dict(force.getGlobalParameters()) == {"k": 1.0}
+    for quantity, number in (
+        (1 * openmm.unit.kilojoule_per_mole, 1.0),
+        (1 * openmm.unit.kilocalorie_per_mole, 4.184),
+        (2 * openmm.unit.angstrom, 0.2),
+        (300 * openmm.unit.kelvin, 300.0),
+    ):
+        force = to_force(f, global_parameters={"k": quantity}, parameter_derivatives=False)
+        assert type(force) is openmm.PythonForce
+        assert dict(force.getGlobalParameters()) == pytest.approx({"k": number})
     # Not a global parameter, and no box either.
     context = open_context(to_force(f, backend=PYTHON))
     assert evaluate(context, POSITIONS)[0] == pytest.approx(2.5 * (POSITIONS**2).sum())

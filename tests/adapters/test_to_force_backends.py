@@ -254,15 +254,53 @@ def test_subset_and_example_when_scripted(make):
         particles=SUBSET,
         periodic=box is not None,
         global_parameters=GLOBALS,
+        parameter_derivatives=make is not WithForces,
         example=example,
         backend="TorchForce",
         platform="CPU",
     )
-    energy, part, _ = expected(make(), POSITIONS[SUBSET], box, **GLOBALS)
+    energy, part, slopes = expected(make(), POSITIONS[SUBSET], box, **GLOBALS)
     forces = np.zeros((N, 3))
     forces[SUBSET] = part
     found = evaluate(open_context(force, box=box), POSITIONS)
-    assert_close(found, (energy, forces, {}), 1e-10)
+    truth = (energy, forces, {} if make is WithForces else slopes)
+    assert_close(found, truth, 1e-10)
+
+
+@pytest.mark.openmmtorch
+def test_a_trace_is_for_one_number_of_particles():
+    """It may have unrolled a loop over the particles of the example."""
+
+    def looped(x):
+        return sum(x[i].square().sum() for i in range(x.shape[0]))
+
+    options = {"backend": TORCH, "platform": "Reference"}
+    context = open_context(to_force(looped, example=POSITIONS, **options))
+    assert evaluate(context, POSITIONS)[0] == pytest.approx((POSITIONS**2).sum(), rel=1e-12)
+    context = open_context(to_force(looped, example=POSITIONS[:3], **options))
+    with pytest.raises(openmm.OpenMMException, match="has not the 3 particles of the example"):
+        evaluate(context, POSITIONS)
+
+
+@pytest.mark.openmmtorch
+def test_more_derivatives_than_python_forces_have():
+    """TorchForce has no limit, so that it is taken."""
+
+    def many(x, **values):
+        return sum(values.values()) * x.square().sum()
+
+    values = {f"p{i}": 0.1 * i for i in range(40)}
+    force = to_force(many, global_parameters=values, example=POSITIONS, platform="Reference")
+    assert type(force).__name__ == "TorchForce"
+    slopes = evaluate(open_context(force), POSITIONS)[2]
+    assert slopes == pytest.approx(dict.fromkeys(values, (POSITIONS**2).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("platform", ["CPU", None])
+def test_no_platform_is_blamed_for_what_is_not_installed(monkeypatch, platform):
+    monkeypatch.setattr(availability, "_versions", lambda: "openmm-torch is not installed")
+    with pytest.raises(UnavailableBackendError, match=r"openmm-torch is not installed$"):
+        to_force(Springs(), global_parameters=GLOBALS, backend=TORCH, platform=platform)
 
 
 REFUSED = {

@@ -1,13 +1,15 @@
 """Exports with derivatives in global parameters: the same as without them, whatever OpenMM does."""
 
 import concurrent.futures
+import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import mdgraft
 import numpy as np
 import openmm
-import openmm.app
 import pytest
 import torch
 from exported import (
@@ -240,6 +242,40 @@ def test_pickles_of_systems():
     assert found[2] == pytest.approx(truth[2], rel=1e-12)
 
 
+@pytest.mark.parametrize("slopes", [False, True], ids=["", "derivatives"])
+def test_modules_end_with_their_contexts(slopes):
+    """OpenMM never lets go of functions that it copied into a Context."""
+    module = Springs()
+    gone = weakref.ref(module)
+    context = open_context(exported(module, parameter_derivatives=slopes))
+    evaluate(context, POSITIONS)
+    context.reinitialize()
+    evaluate(context, POSITIONS)
+    gc.collect()
+    openmm.LocalEnergyMinimizer.minimize(context)
+    del module, context
+    gc.collect()
+    assert gone() is None
+
+
+def test_copies_outlive_their_originals():
+    system = openmm.System()
+    for _ in range(N):
+        system.addParticle(1.0)
+    system.addForce(exported(Springs()))
+    copied = copy.deepcopy(copy.deepcopy(system))
+    del system
+    gc.collect()
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(copied, openmm.VerletIntegrator(0.001), platform)
+    del copied
+    gc.collect()
+    truth = expected(Springs(), POSITIONS, **GLOBALS)
+    found = evaluate(context, POSITIONS)
+    assert found[0] == pytest.approx(truth[0], rel=1e-12)
+    assert found[2] == pytest.approx(truth[2], rel=1e-12)
+
+
 # Hard values and names ----------------------------------------------------------------------------
 
 
@@ -327,8 +363,9 @@ def test_derivatives_that_are_none_are_told(kind, dtype):
     values = {"a": 0.7, "b": 0.7}
     options = {"global_parameters": values, "dtype": dtype}
     context = open_context(exported(WRONG[kind], **options))
-    with pytest.warns(MDGraftWarning, match=r"global parameter 'a' is not that of its energy"):
+    with pytest.warns(MDGraftWarning, match=r"not those of its energy: 'a' \(") as told:
         evaluate(context, POSITIONS)
+    assert len(told) == 1
     evaluate(context, POSITIONS)
     evaluate(open_context(exported(WRONG[kind], check=False, **options)), POSITIONS)
     evaluate(open_context(exported(WRONG[kind], parameter_derivatives=False, **options)), POSITIONS)
@@ -345,6 +382,24 @@ RIGHT = {
     "a large constant": (lambda x, a, b: (a * x).sum() + 1e6, (1.0, 1.0)),
     "an exponent": (lambda x, a, b: x.square().sum() ** a * torch.exp(-b), (12.0, 40.0)),
 }
+
+
+class Bounded(torch.nn.Module):
+    """Accepts neither other positions nor other parameters than these."""
+
+    def forward(self, x, a, b):
+        if not (0 <= a <= 1 and torch.equal(x.detach(), torch.tensor(POSITIONS))):
+            raise ValueError("out of bounds")
+        return (a * x).square().sum()
+
+
+@pytest.mark.parametrize("a", [0.0, 0.5, 1.0])
+def test_checks_leave_bounds_alone(a):
+    context = open_context(exported(Bounded(), global_parameters={"a": a, "b": 1.0}))
+    assert evaluate(context, POSITIONS)[0] == pytest.approx(a**2 * SQUARE, rel=1e-12)
+    context.setParameter("a", 2.0)
+    with pytest.raises(openmm.OpenMMException, match="ValueError: out of bounds"):
+        evaluate(context, POSITIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])

@@ -290,6 +290,16 @@ def potential_of(system, **values):
     return potential
 
 
+def test_one_global_parameter_by_two_names():
+    system = openmm.System()
+    system.addParticle(1.0)
+    force = openmm.CustomExternalForce("k_0*x")
+    force.addGlobalParameter("k_0", 1.0)
+    system.addForce(force)
+    with pytest.raises(InvalidInputError, match=r"'k\.0' is a global parameter that was named"):
+        to_force(mdgraft.graft(system), global_parameters={"k_0": 1.0, "k.0": 2.0}, backend=PYTHON)
+
+
 def test_what_has_forces_of_its_own_is_left_to_the_host():
     system = with_export(Predicting(), global_parameters=GLOBALS)
     potential = mdgraft.graft(system)

@@ -21,9 +21,12 @@ class Graft:
         The system.
     settings
         Precision and device.
+    virial
+        Whether to differentiate by the box as well.
     """
 
-    def __init__(self, engine: Engine, case: Case, settings: Settings) -> None:
+    def __init__(self, engine: Engine, case: Case, settings: Settings, virial: bool = True) -> None:
+        self.virial = virial
         self.dtype = getattr(torch, settings.dtype)
         self.device = settings.device
         self.potential = mdgraft.graft(engine.context, dtype=self.dtype, device=self.device)
@@ -38,7 +41,7 @@ class Graft:
         """Move the atoms and forget derivatives."""
         self.positions = self._tensor(positions).requires_grad_()
         box = self.case.box
-        self.box = None if box is None else self._tensor(box).requires_grad_()
+        self.box = None if box is None else self._tensor(box).requires_grad_(self.virial)
         self.potential.zero_grad()
 
     def _wait(self) -> None:
@@ -46,7 +49,7 @@ class Graft:
             torch.cuda.synchronize()
 
     def everything(self) -> float:
-        """Energy, forces, gradients of all parameters, and of the box."""
+        """Energy, forces, gradients of all parameters, and of the box unless it was left out."""
         energy = self.potential(self.positions, self.box)
         energy.backward()
         self._wait()

@@ -15,7 +15,7 @@ from pathlib import Path
 import openmm
 import report
 import torch
-from peers import PEERS, measure_peer
+from peers import PEER_ROWS, PEERS, measure_peer
 from rich.console import Console
 from rows import ROWS
 from timing import Result, Settings
@@ -24,7 +24,8 @@ from timing import Result, Settings
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Times of mdgraft beside OpenMM's.")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=", ".join(ROWS))
+    names = list(dict.fromkeys([*ROWS, *PEER_ROWS]))
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="on both sides")
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "float64"), default=["float32", "float64"]
@@ -56,7 +57,8 @@ def measurements(chosen: argparse.Namespace) -> Iterator[Result]:
         output=chosen.output,
         protein_file=chosen.protein,
     )
-    for name in [] if chosen.peers_only else chosen.only or ROWS:
+    rows = [] if chosen.peers_only else [name for name in chosen.only or ROWS if name in ROWS]
+    for name in rows:
         row = ROWS[name]
         # What does not depend on these is measured once.
         threads = chosen.threads if row.per_dtype else chosen.threads[:1]
@@ -68,7 +70,7 @@ def measurements(chosen: argparse.Namespace) -> Iterator[Result]:
     for name in chosen.peers:
         for count in chosen.threads:
             progress(f"{name}, {count} thread(s)")
-            yield from measure_peer(name, dataclasses.replace(base, threads=count))
+            yield from measure_peer(name, dataclasses.replace(base, threads=count), chosen.only)
 
 
 def measure(name: str, settings: Settings) -> Iterator[Result]:

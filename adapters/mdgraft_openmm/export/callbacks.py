@@ -34,14 +34,29 @@ class Callback:
         `ENERGY`, or the name of a global parameter in which the energy is differentiated.
     particles
         Those that the module gets, where OpenMM does not choose them itself; none for all.
+    borrowed
+        Whether another callback, which lives longer, holds on to the evaluator.
     """
 
     def __init__(
-        self, evaluator: Evaluator, role: str = ENERGY, particles: Sequence[int] = ()
+        self,
+        evaluator: Evaluator,
+        role: str = ENERGY,
+        particles: Sequence[int] = (),
+        *,
+        borrowed: bool = False,
     ) -> None:
-        self.evaluator = evaluator
+        self._evaluator = weakref.ref(evaluator) if borrowed else lambda: evaluator
         self.role = role
         self.particles = tuple(particles)
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """What evaluates the module."""
+        found = self._evaluator()
+        if found is None:
+            raise RuntimeError("this force, or the System that it belongs to, is gone")
+        return found
 
     def __call__(self, state: Any, positions: Any = None) -> tuple[Any, Any]:
         """Energy [kJ/mol] and forces [kJ/mol/nm] of a State.
@@ -137,9 +152,10 @@ def load_callback(token: str, role: str, particles: tuple[int, ...], payload: by
     A copy that is made in memory shares the evaluator of the original, so that the module is the
     same object; what is read from a file has a module of its own, as it was when it was written.
     """
-    live = None if _reads_text() else _LIVE.get(token)
+    asked = _asked_for()
+    live = None if asked == _TEXT else _LIVE.get(token)
     if live is not None:
-        return Callback(live, role, particles)
+        return Callback(live, role, particles, borrowed=asked == _CONTEXT)
     evaluator = _LOADED.get(token)
     if evaluator is None or role in _ROLES[evaluator]:
         if payload is None:
@@ -165,16 +181,27 @@ def load_callback(token: str, role: str, particles: tuple[int, ...], payload: by
     return Callback(evaluator, role, particles)
 
 
-def _reads_text() -> bool:
-    """Whether OpenMM is asked for what a text holds, rather than for a copy."""
+_TEXT, _CONTEXT, _COPY = "text", "context", "copy"
+#: What makes a Context from a System, which lives at least as long.
+_MAKE_CONTEXTS = {"Context.__init__", "Context.reinitialize", "LocalEnergyMinimizer.minimize"}
+
+
+def _asked_for() -> str:
+    """What OpenMM makes: what a text holds, a Context with its own copies of forces, or a copy.
+
+    OpenMM never lets go of functions of forces that it copies. Those inside of Contexts must not
+    keep every module alive for that.
+    """
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(
         ("openmm", "mdgraft_openmm.export.callbacks")
     ):
         if frame.f_code.co_name == "deserialize":
-            return True
+            return _TEXT
+        if frame.f_code.co_qualname in _MAKE_CONTEXTS:
+            return _CONTEXT
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return _COPY
 
 
 # Forces that hold a callback ------------------------------------------------------------------

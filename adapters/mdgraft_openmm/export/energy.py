@@ -214,6 +214,12 @@ def kind_of(
         raise InvalidInputError(f"dtype: got {dtype!r}, wanted a floating-point type of torch")
     if device is None:
         device = tensors[0].device if tensors else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise InvalidInputError(
+            f"device: got {device!r}, where torch computes nothing here ({error})"
+        ) from error
     return dtype, torch.device(device)
 
 

@@ -139,7 +139,11 @@ class Evaluator:
         random, are compared with the work of the forces; both must disagree, since a pair that
         crosses a cutoff without switching disturbs one.
         """
-        found = [self._along(positions, box, values, seed) for seed in range(2)]
+        try:
+            found = [self._along(positions, box, values, seed) for seed in range(2)]
+        except Exception:
+            # Not every frame is one that the module accepts; if this one is none, it will tell.
+            return
         if all(abs(change - predicted) > allowed for change, predicted, allowed in found):
             change, predicted, allowed = found[0]
             warnings.warn(
@@ -191,6 +195,7 @@ class Evaluator:
         if not self.slopes:
             return
         slopes = {n: float(s) for n, s in self.evaluate(positions, box, values).slopes.items()}
+        wrong = []
         for chosen in (
             {n: s for n, s in slopes.items() if s == 0.0},
             {n: s for n, s in slopes.items() if s != 0.0 and math.isfinite(s)},
@@ -201,16 +206,16 @@ class Evaluator:
                 # A large step may meet something else, and a small one is lost in rounding.
                 one = {name: slope}
                 found = [self._wrong(positions, box, values, one, f) for f in (1.0, 0.01)]
-                if None in found:
-                    continue
-                warnings.warn(
-                    f"module: its derivative in the global parameter {name!r} is not that of its "
-                    f"energy: {slope:.6g} instead of about {found[0]:.6g} kJ/mol. Look for a "
-                    "detach(), float() or item() inside, or do without such derivatives by "
-                    "parameter_derivatives=False",
-                    MDGraftWarning,
-                    stacklevel=2,
-                )
+                if None not in found:
+                    wrong.append(f"{name!r} ({slope:.6g} instead of about {found[0]:.6g} kJ/mol)")
+        if wrong:
+            warnings.warn(
+                "module: its derivatives in some global parameters are not those of its energy: "
+                f"{', '.join(wrong)}. Look for a detach(), float() or item() inside, or do without "
+                "such derivatives by parameter_derivatives=False",
+                MDGraftWarning,
+                stacklevel=2,
+            )
 
     def _wrong(
         self,
@@ -233,14 +238,18 @@ class Evaluator:
 
         def energy(t: int) -> float:
             moved = {name: values[name] + t * shift for name, shift in along.items()}
-            return float(self.evaluate(positions, box, {**values, **moved}).energy)
+            try:
+                return float(self.evaluate(positions, box, {**values, **moved}).energy)
+            except Exception:
+                # Beyond what the module accepts.
+                return math.nan
 
         near = {t: energy(t) for t in (-2, -1, 0, 1, 2)}
         rough = (near[1] - near[-1]) / 2
         changes = [(4 * rough - (near[2] - near[-2]) / 4) / 3]
         changes += [s * (4 * near[s] - near[2 * s] - 3 * near[0]) / 2 for s in (1, -1)]
         parts = [slopes[name] * shift for name, shift in along.items()]
-        change = min(changes, key=lambda c: abs(c - sum(parts)))
+        change = min(filter(math.isfinite, changes), key=lambda c: abs(c - sum(parts)), default=0.0)
         rounding = torch.finfo(self.function.dtype).eps * max(map(abs, near.values()))
         scale = max(math.hypot(*parts), abs(change))
         allowed = rtol * scale + 3 * abs(changes[0] - rough) + 30 * rounding

@@ -54,26 +54,30 @@ def to_force(
         ``(energy, forces)`` with forces ``(N, 3)`` [kJ/mol/nm]; otherwise they are the gradient.
         A model without a box may leave that argument out.
     particles
-        Particles that the module gets, in this order; all by default.
+        Particles that the module gets, in this order; all by default. Nobody compares them with
+        the size of the System: an index beyond it can end the process.
     periodic
         Whether the module gets the box, and OpenMM may wrap positions.
     global_parameters
-        Names with defaults, or names whose defaults the module knows (a `Potential`, or a
-        signature with defaults). ``Context.setParameter`` changes them. None means none, and all
-        of a `Potential`'s own; pass ``()`` to keep those as they are.
+        Names with defaults, numbers in OpenMM's units or quantities, or names whose defaults the
+        module knows (a `Potential`, or a signature with defaults). ``Context.setParameter`` changes
+        them. None means none, and all of a `Potential`'s own; pass ``()`` to keep those as they
+        are.
     backend
         ``"auto"``, the name of a Force class, or an object of `mdgraft_openmm.backends`. See
         `explain_backends` for what ``"auto"`` takes.
     parameter_derivatives
         Global parameters, True for all or False for none, in which
-        ``State.getEnergyParameterDerivatives`` gives derivatives. OpenMM reports zero for all
-        others. Derivatives cost a PythonForce one more call of Python for each parameter.
+        ``State.getEnergyParameterDerivatives`` gives derivatives [kJ/mol per unit of the
+        parameter]. OpenMM reports zero for all others. They cost a PythonForce one more call of
+        Python for each parameter, and copies of the module whenever a Context is made.
     dtype, device
         Of the tensors that the module gets: the module's own by default, else float64 on the CPU.
     compile
         Let ``torch.compile`` compile the module on first use.
     check
-        Compare energy and forces on first use (of a TorchForce: on ``example``, if there is one).
+        Compare energy, forces and derivatives in parameters on first use (of a TorchForce: on
+        ``example``, if there is one).
     example
         Positions ``(n, 3)`` or ``(frames, n, 3)`` [nm] of the module's particles, as a pair with
         box vectors if ``periodic``. A TorchForce is traced from them and compared with the module.
@@ -103,6 +107,8 @@ def to_force(
     -----
     NonConservativeForceWarning
         On first use, if forces are not the gradient of the energy.
+    MDGraftWarning
+        On first use, if derivatives in global parameters are not those of the energy.
     """
     request = _request(**{k: v for k, v in locals().items() if k not in _NOT_OF_REQUEST})
     if force_group not in range(32):

@@ -107,7 +107,10 @@ class LangevinMiddle:
         velocities = constraints.project_velocities(velocities, old, box=box, masses=masses)
         trial = old + 0.5 * h * velocities * mobile
         kept = torch.exp(-friction * h)
-        spread = torch.sqrt(-torch.expm1(-2.0 * friction * h) * BOLTZMANN * temperature)
+        variance = -torch.expm1(-2.0 * friction * h) * BOLTZMANN * temperature
+        # Without a bath there is no noise, whatever else changes; the root has no derivative there.
+        bath = (friction > 0) & (temperature > 0)
+        spread = torch.where(bath, torch.where(bath, variance, 1.0).sqrt(), 0.0)
         # The root has no derivative at zero, where massless particles are.
         scale = torch.where(mobile, torch.where(mobile, weight, 1.0).sqrt(), 0.0)
         velocities = torch.where(mobile, kept * velocities + spread * scale * noise, velocities)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError, WrongEnsembleError
 from mdgraft.ensembles.recompute import leaves_of
@@ -60,7 +60,9 @@ class Metropolis:
 
     One step makes one update, or with a `Sequence` of moves one of each. All chains are evaluated
     in one call of the energy. A run that is stored (`save`) and loaded goes on as if it had never
-    stopped, bit by bit.
+    stopped, bit by bit. Parameters of the energy may change between steps, as in training: the
+    chains then go on with the new ones, from where they are. Changes that torch does not count, as
+    those through ``.data`` or of a host's own parameters, must be told by `forget_energies`.
 
     Parameters
     ----------
@@ -115,6 +117,7 @@ class Metropolis:
         else:
             self._generator.manual_seed(0 if seed is None else seed)
         self._state, self._leaves = _start(target, state)
+        self._versions = _versions(target, self._leaves)
         self._initial_scales = [m.scale.clone() if m.has_scale else None for m in self._components]
         self._adaptations = [0] * len(self._components)
         self.reset_statistics()
@@ -124,7 +127,18 @@ class Metropolis:
     @property
     def state(self) -> ChainState:
         """The present state, with that of the random stream."""
+        self._renew()
         return self._state.replace(generator_state=self._generator.get_state())
+
+    def forget_energies(self) -> None:
+        """Compute the energies of the present state anew, after the energy has changed."""
+        self._state, self._leaves = _start(self.target, self._state.replace(forces=None))
+        self._versions = _versions(self.target, self._leaves)
+
+    def _renew(self) -> None:
+        """Energies by parameters that have changed since decide on nothing."""
+        if _versions(self.target, self._leaves) != self._versions:
+            self.forget_energies()
 
     @property
     def adjusted(self) -> bool:
@@ -146,6 +160,7 @@ class Metropolis:
             One for each update, in order.
         """
         done = []
+        self._renew()
         for move in self.moves.updates:
             # A scale that is adapted later must not change what was recorded.
             used = move.copied() if adapt else move
@@ -313,9 +328,13 @@ class Metropolis:
                 f"values: hold positions {tuple(state.positions.shape)}, wanted "
                 f"{tuple(self._state.positions.shape)} and a generator's state"
             )
+        if _shapes(state) != _shapes(self._state):
+            raise InvalidInputError(
+                f"values: hold {_shapes(state)}, wanted {_shapes(self._state)}"
+            )
         device = self._state.positions.device
         self._generator.set_state(state.generator_state.cpu())
-        self._state = state.to(device)
+        self._state = _loaded(self.target, state.to(device))
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
             self._attempts[k] = values[prefix + "attempts"].to(device)
@@ -336,6 +355,7 @@ class Metropolis:
 def _start(target: Target, state: ChainState) -> tuple[ChainState, Sequence[Tensor]]:
     """The state with its energies, and the tensors that these depend on."""
     with torch.enable_grad():
+        state = target.placed(state).detach()
         energies = target.energies(state)
         leaves = leaves_of([energies])
     energies = energies.detach()
@@ -346,6 +366,33 @@ def _start(target: Target, state: ChainState) -> tuple[ChainState, Sequence[Tens
             f"{float(energies[bad[0]])} kJ/mol; start from possible configurations"
         )
     return state.replace(energies=energies), leaves
+
+
+def _versions(target: Target, leaves: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Tells whether a tensor that energies depend on has been changed in place or replaced."""
+    energy = target.energy
+    tensors = list(leaves)
+    if isinstance(energy, nn.Module):
+        tensors += [*energy.parameters(), *energy.buffers()]
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+
+def _shapes(state: ChainState) -> dict[str, tuple[int, ...]]:
+    """What two states of one system have in common."""
+    named = {"positions": state.positions, "box": state.box, "present": state.present}
+    named |= {f"discrete[{name!r}]": value for name, value in state.discrete.items()}
+    return {name: tuple(value.shape) for name, value in named.items() if value is not None}
+
+
+def _loaded(target: Target, state: ChainState) -> ChainState:
+    """A state that was stored, with energies of this target if those stored are of another."""
+    if state.energies is None:
+        return state
+    with torch.no_grad():
+        energies = target.energies(state)
+    # Rounding must not change a run that goes on; other parameters do.
+    close = (energies - state.energies).abs() <= 1e-6 * energies.abs().clamp(min=1.0)
+    return state if bool(close.all()) else _start(target, state.replace(forces=None))[0]
 
 
 def _unique(moves: Sequence[AbstractMove]) -> list[AbstractMove]:

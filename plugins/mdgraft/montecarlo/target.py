@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError, MissingBoxError, UnsupportedDerivativeError
 from mdgraft._units import BAR_NM3, BOLTZMANN
+from mdgraft.constraints import VirtualSites
 from mdgraft.ensembles.ensemble import _pressure, _temperature
 from mdgraft.ensembles.recompute import leaves_of
 from mdgraft.kernels.periodic import volume
@@ -91,6 +92,22 @@ class Target:
     def beta(self) -> float:
         """Inverse temperature ``1 / kT`` [mol/kJ]."""
         return 1.0 / (BOLTZMANN * self.temperature)
+
+    @property
+    def sites(self) -> VirtualSites | None:
+        """Virtual sites of the energy, which follow the particles; None if it has none."""
+        found = getattr(self.energy, "sites", None)
+        return found if isinstance(found, VirtualSites) else None
+
+    def placed(self, state: ChainState) -> ChainState:
+        """The same state with virtual sites where they belong; energies do not depend on that."""
+        sites = self.sites
+        if sites is None:
+            return state
+        like = next(buffer for buffer in sites.buffers() if buffer.is_floating_point())
+        box = None if state.box is None else state.box.to(like)
+        positions = sites(state.positions.to(like), box).to(state.positions)
+        return state.replace(positions=positions, energies=state.energies, forces=state.forces)
 
     # Energies ---------------------------------------------------------------------------------
 

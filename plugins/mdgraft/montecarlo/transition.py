@@ -68,10 +68,10 @@ def transition(
         state = state.replace(energies=_checked(target.energies(state), "of the present state"))
     proposal = move.apply(state, noise, target)
     before = state if proposal.before is None else proposal.before
-    energies = _proposed_energies(
-        proposal.state, proposal.known, proposal.log_ratio, before, target
-    )
-    proposed = proposal.state.replace(energies=energies)
+    # Virtual sites have no say in a proposal: they follow.
+    made = target.placed(proposal.state)
+    energies = _proposed_energies(made, proposal.known, proposal.log_ratio, before, target)
+    proposed = made.replace(energies=energies)
     log_alpha = target.log_density(proposed) - target.log_density(before) + proposal.log_ratio
     accepted = u.log() < log_alpha if move.adjusted else torch.isfinite(energies)
     component = proposal.component

@@ -167,7 +167,9 @@ class Potential(nn.Module):
         Under ``torch.no_grad()`` no graph is kept.
         """
         frames, cells, leading = as_frames(self, positions, box)
-        moving = any(t is not None and unpack_dual(t).tangent is not None for t in (frames, cells))
+        # Some versions of torch leave `unpack_dual` without types.
+        unpack: Any = unpack_dual
+        moving = any(t is not None and unpack(t).tangent is not None for t in (frames, cells))
         if moving or under_transform() or torch.is_inference_mode_enabled():
             gradient: Tensor = torch.func.grad(lambda x: self(x, cells).sum())(frames)
         else:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import systems
 import torch
 from engine import Engine
 from grafted import Graft
+from memory import available, peak, present, restart_peak
 from systems import Case
 from timing import Moves, Result, Settings, alternate, described
 
@@ -33,7 +31,7 @@ def growth(settings: Settings) -> Iterator[Result]:
         n_atoms = n_side**3
         common = described(settings, row="growth", atoms=n_atoms, moves="rebuild")
         common |= {"work": "E, F, all dE/dp, virial", "beside": "OpenMM CPU: E, F"}
-        needed, free = bytes_per_atom * n_atoms, _available()
+        needed, free = bytes_per_atom * n_atoms, available()
         if needed > 0.7 * free:
             # Running out of memory would take other programs along.
             note = f"not run: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
@@ -83,10 +81,10 @@ def child() -> None:
     dtype = getattr(torch, settings.dtype)
     # Code that the first evaluation loads or compiles is no part of the system's memory.
     evaluate(systems.lennard_jones(6), dtype)
-    before = _restart_peak()
+    before = restart_peak()
     case = systems.lennard_jones(n_side)
     held = evaluate(case, dtype) - before
-    peak = _status("VmHWM") - before
+    highest = peak() - before
     engine = Engine(case, "CPU", settings.threads)
     graft = Graft(engine, case, settings)
     moves = Moves(case.positions, "rebuild")
@@ -99,7 +97,7 @@ def child() -> None:
     found = alternate(
         prepare, {"theirs": engine.energy_forces, "ours": graft.everything}, settings.repeats
     )
-    print(json.dumps(found | {"peak_bytes": peak, "held_bytes": held}))
+    print(json.dumps(found | {"peak_bytes": highest, "held_bytes": held}))
 
 
 def evaluate(case: Case, dtype: torch.dtype) -> int:
@@ -107,38 +105,6 @@ def evaluate(case: Case, dtype: torch.dtype) -> int:
     potential = mdgraft.graft(case.system, dtype=dtype)
     positions = torch.tensor(case.positions, dtype=dtype, requires_grad=True)
     box = torch.tensor(case.box, dtype=dtype, requires_grad=True)
-    held = _status("VmRSS")
+    held = present()
     potential(positions, box).backward()
     return held
-
-
-def _restart_peak() -> int:
-    """Forget the highest memory so far, and return the present one [bytes]."""
-    gc.collect()
-    try:
-        # Freed memory that stays resident would be used again and not be counted.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError, TypeError):
-        return _status("VmHWM")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    """Resident memory of this process [bytes], now (VmRSS) or at its highest (VmHWM)."""
-    try:
-        # Linux hands ru_maxrss on to a child process, whose own memory may be far less.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(status.partition(f"{key}:")[2].split()[0])
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _available() -> float:
-    """Memory that is free [bytes]; unlimited where the system does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return 1024.0 * int(text.partition("MemAvailable:")[2].split()[0])
-    except (OSError, IndexError):
-        return float("inf")

@@ -10,7 +10,7 @@ from mdgraft.montecarlo.moves._molecules import available
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, pick
 from mdgraft.montecarlo.moves.identity_swap import IdentitySwap
 from mdgraft.montecarlo.moves.insertion_deletion import InsertionDeletion
-from mdgraft.montecarlo.moves.site_change import SiteChange
+from mdgraft.montecarlo.moves.site_change import PRESENT, SiteChange
 from mdgraft.montecarlo.moves.translation import Translation
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
@@ -182,30 +182,31 @@ class TranslationCoupling(AbstractCoupling):
         return {**noise, "which": u, "normal": reflected(noise["normal"], z, generator)}
 
 
-def _site(move: SiteChange, state: ChainState, noise: Noise) -> Tensor:
-    value = state.present if move.variable == "present" else state.discrete[move.variable]
+def _sites(move: SiteChange, state: ChainState) -> Tensor:
+    """The variable of a move, its sites in one row: ``(C, sites)``."""
+    value = state.present if move.variable == PRESENT else state.discrete[move.variable]
     assert value is not None
-    n_sites = value.shape[1]
+    return value.flatten(1)
+
+
+def _site(move: SiteChange, state: ChainState, noise: Noise) -> Tensor:
+    n_sites = _sites(move, state).shape[1]
     return (noise["which"] * n_sites).long().clamp(max=n_sites - 1)[:, None]
 
 
 def _index(move: SiteChange, state: ChainState, site: Tensor) -> Tensor:
     """Which of the move's values the site has ``(C,)``."""
-    value = state.present if move.variable == "present" else state.discrete[move.variable]
-    assert value is not None
-    here = value.gather(1, site).long()
+    here = _sites(move, state).gather(1, site).long()
     return (here == move.values.to(here.device)).long().argmax(dim=1)
 
 
 def _kinds(move: IdentitySwap, state: ChainState) -> tuple[Tensor, Tensor]:
     if move.variable is not None:
-        kinds = state.discrete[move.variable]
+        kinds = state.discrete[move.variable].flatten(1)
         return kinds, torch.ones_like(kinds, dtype=torch.bool)
     assert move.species is not None
     kinds = move.species.to(state.positions.device).expand(state.n_chains, -1)
-    if state.present is not None:
-        return kinds, state.present
-    return kinds, torch.ones_like(kinds, dtype=torch.bool)
+    return kinds, available(state, kinds.shape[1])
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

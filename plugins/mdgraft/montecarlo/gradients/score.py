@@ -189,6 +189,8 @@ class Score(AbstractGradient):
         if explicit:
             weighted = weighted + torch.stack(explicit)
         bias: BiasClass = "consistent" if self.window is None else "approximate"
+        if not sampler.adjusted:
+            bias = "biased"
         reach = "since the start" if self.window is None else f"over {self.window} samples"
         return from_series(
             series, weighted, conjugates, method=f"score function {reach}", bias=bias
@@ -325,4 +327,9 @@ def _log_normal(move: AbstractGaussianMove, x: ChainState, y: ChainState, target
     deviation = move.deviation(x, target)
     z = (y.positions - move.mean(x, target)) / deviation
     widths = deviation.log().expand_as(z)
+    if target.sites is not None:
+        # Virtual sites follow, whatever was proposed for them.
+        free = torch.ones(z.shape[1], dtype=torch.bool, device=z.device)
+        free[list(target.sites.indices)] = False
+        z, widths = z[:, free], widths[:, free]
     return -(0.5 * z.square() + widths).flatten(1).double().sum(dim=1)

@@ -107,8 +107,8 @@ class BondedLists(AbstractTerm):
                 energies = _of_distance(kind, r, own)
             elif len(indices) == 3:
                 i, j, k = indices
-                a = _angle(_vectors(positions, h, i, j), _vectors(positions, h, k, j))
-                energies = _of_angle(kind, a, own)
+                arms = _vectors(positions, h, i, j), _vectors(positions, h, k, j)
+                energies = _of_angle(kind, *arms, own)
             else:
                 i, j, k, m = indices
                 energies = _of_dihedral(
@@ -144,11 +144,23 @@ def _of_distance(kind: str, r: Tensor, own: list[Tensor]) -> Tensor:
     return own[0] / r
 
 
-def _of_angle(kind: str, a: Tensor, own: list[Tensor]) -> Tensor:
+def _of_angle(kind: str, first: Tensor, second: Tensor, own: list[Tensor]) -> Tensor:
     k, a0 = own
+    first, second = rescaled(first), rescaled(second)
+    cross, dot = torch.linalg.cross(first, second), (first * second).sum(dim=-1)
     if kind == "cosine_angle":
-        return 0.5 * k * (torch.cos(a) - torch.cos(a0)) ** 2
-    return 0.5 * k * _modulo(a - a0, math.pi) ** 2
+        size = safe_norm(first) * safe_norm(second)
+        cosine = torch.where(size == 0, 0.0, dot / torch.where(size == 0, 1.0, size))
+        return 0.5 * k * (cosine - torch.cos(a0)) ** 2
+    flat = vanishes(cross).unsqueeze(-1)
+    a = polar_angle(safe_norm(torch.where(flat, 0.0, cross)), dot, 0.5 * math.pi)
+    # An angle has a cusp where it is straight. Its square is smooth if a0 is straight too: there it
+    # is that of the tangent, whose second derivative is the bending stiffness.
+    straight = flat.squeeze(-1) & (dot != 0)
+    tangent = cross / torch.where(straight, dot, 1.0).unsqueeze(-1)
+    limit = math.pi * (dot < 0).to(dot.dtype)
+    smooth = (tangent * tangent).sum(dim=-1) + _modulo(limit - a0, math.pi) ** 2
+    return 0.5 * k * torch.where(straight, smooth, _modulo(a - a0, math.pi) ** 2)
 
 
 def _of_dihedral(kind: str, d: Tensor, own: list[Tensor]) -> Tensor:
@@ -163,13 +175,6 @@ def _of_dihedral(kind: str, d: Tensor, own: list[Tensor]) -> Tensor:
 
 def _modulo(x: Tensor, period: float) -> Tensor:
     return x - torch.round(x.detach() / period) * period
-
-
-def _angle(first: Tensor, second: Tensor) -> Tensor:
-    first, second = rescaled(first), rescaled(second)
-    cross, dot = torch.linalg.cross(first, second), (first * second).sum(dim=-1)
-    straight = vanishes(cross).unsqueeze(-1)
-    return polar_angle(safe_norm(torch.where(straight, 0.0, cross)), dot, 0.5 * math.pi)
 
 
 def _dihedral(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
