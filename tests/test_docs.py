@@ -51,7 +51,7 @@ def test_example_runs(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_configurations_are_accepted(page: Path, tmp_path: Path) -> None:
     from mdgraft.fitting.config import load_config
 
-    text = "\n".join(block for _, _, block in blocks(page, "toml"))
+    text = "\n".join(block for _, block in blocks(page, "toml"))
     (tmp_path / "page.toml").write_text(text, encoding="utf-8")
     assert (
         load_config(tmp_path / "page.toml").targets.keys() == tomllib.loads(text)["targets"].keys()

@@ -374,7 +374,7 @@ def _versions(target: Target, leaves: Sequence[Tensor]) -> list[tuple[int, int]]
     tensors = list(leaves)
     if isinstance(energy, nn.Module):
         tensors += [*energy.parameters(), *energy.buffers()]
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _shapes(state: ChainState) -> dict[str, tuple[int, ...]]:
