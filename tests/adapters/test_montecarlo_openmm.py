@@ -10,7 +10,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from mdgraft import InvalidInputError
+from mdgraft import InvalidInputError, WrongEnsembleError
 from mdgraft._units import BAR_NM3
 from mdgraft.ensembles import standard_error
 from mdgraft.montecarlo import (
@@ -400,3 +400,68 @@ def test_molecules_beside_fixed_particles() -> None:
         PotentialByNumber(lambda n: mdgraft.graft(soft_gas(3)), [[0]]).potential(1)
     with pytest.raises(InvalidInputError, match="differ in size"):
         PotentialByNumber(lambda n: mdgraft.graft(soft_gas(n)), [[0], [1, 2]])
+
+
+# Virtual sites ----------------------------------------------------------------------------------
+
+
+def site_in_a_well() -> openmm.System:
+    """Two particles on a spring; the site between them and the first feel a well."""
+    system = openmm.System()
+    for mass in (16.0, 4.0, 0.0):
+        system.addParticle(mass)
+    system.setVirtualSite(2, openmm.TwoParticleAverageSite(0, 1, 0.4, 0.6))
+    spring, well = openmm.HarmonicBondForce(), openmm.CustomExternalForce("100*(x^2+y^2+z^2)")
+    spring.addBond(0, 1, 0.0, 800.0)
+    for i in (0, 2):
+        well.addParticle(i, [])
+    for force in (spring, well):
+        system.addForce(force)
+    return system
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize(
+    "move", [Displacement(0.06, together=True), MALA(0.06), HMC(0.05, 3)], ids=lambda m: m.name
+)
+def test_samples_hold_virtual_sites_where_they_belong(move: Any, host: bool) -> None:
+    system = site_in_a_well()
+    energy: Any = ContextEnergy(system) if host else mdgraft.graft(system)
+    start = ChainState.replicate(60 if host else 400, positions=torch.rand(3, 3, dtype=F64))
+    sampler = Metropolis(Target(energy, temperature=TEMPERATURE), move, start, seed=2)
+    sampler.burn_in(150)
+    states = sampler.sample(40, stride=2).states
+    x = torch.stack([state.positions for state in states])
+    torch.testing.assert_close(x[..., 2, :], 0.4 * x[..., 0, :] + 0.6 * x[..., 1, :])
+    # A Gaussian law: U = x A x / 2 in each direction, with the site s = (0.4, 0.6) . x.
+    site = torch.tensor([0.4, 0.6], dtype=F64)
+    first, spring = torch.tensor([1.0, 0], dtype=F64), torch.tensor([1.0, -1], dtype=F64)
+    hessian = 200.0 * (first.outer(first) + site.outer(site)) + 800.0 * spring.outer(spring)
+    wanted = KT * float(site @ torch.linalg.inv(hessian) @ site)
+    means = x[..., 2, :].square().mean(dim=(0, 2))
+    assert abs(float(means.mean()) - wanted) < 4.0 * float(means.std()) / len(means) ** 0.5
+
+
+def test_forces_of_the_host_are_zero_on_virtual_sites() -> None:
+    system = site_in_a_well()
+    x = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0.06, 0, 0]], dtype=F64)
+    state = ChainState.replicate(1, positions=x)
+    _, forces = ContextEnergy(system).energies_and_forces(state)
+    torch.testing.assert_close(forces[0], mdgraft.graft(system).forces(x).detach())
+
+
+def test_volume_moves_do_not_take_a_virtual_site_for_a_molecule() -> None:
+    target = Target(mdgraft.graft(site_in_a_well()), temperature=300.0, pressure=1.0)
+    start = ChainState.replicate(
+        2, positions=torch.zeros(3, 3, dtype=F64), box=2.0 * torch.eye(3, dtype=F64)
+    )
+    with pytest.raises(InvalidInputError, match=r"particles \[2\] is a virtual site alone"):
+        Metropolis(target, Volume(0.1), start)
+    Metropolis(target, Volume(0.1, molecules=[[0, 1, 2]]), start)
+
+
+def test_trajectories_under_some_of_the_forces_are_refused() -> None:
+    integrator = openmm.VerletIntegrator(0.001)
+    integrator.setIntegrationForceGroups({1})
+    with pytest.raises(WrongEnsembleError, match="applies only the force groups 0x2"):
+        HybridMonteCarlo(ContextEnergy(site_in_a_well()), 0.001, 2, integrator=integrator)

@@ -298,6 +298,18 @@ def test_single_precision(name):
             torch.testing.assert_close(a.double(), b, atol=2e-3 * float(b.abs().max() + 1), rtol=0)
 
 
+def test_single_precision_from_the_start():
+    masses = torch.tensor([16.0, 1.0])
+    x = torch.tensor([[0.0, 0, 0], [0.11, 0, 0]])
+    c = ConstraintSet([(0, 1)], torch.tensor([0.1]), masses)
+    assert c.dtype == torch.float32
+    assert float(c.residuals(c.project_positions(x)).abs().max()) < 1e-6
+    # Lengths in double precision keep theirs.
+    mixed = ConstraintSet([(0, 1)], [0.1], masses)
+    assert mixed.dtype == torch.float64
+    assert float(mixed.residuals(mixed.project_positions(x)).abs().max()) < 1e-14
+
+
 @each_case
 def test_order_and_orientation_do_not_matter(name):
     of = CASES[name]()

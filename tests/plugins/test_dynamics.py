@@ -252,3 +252,30 @@ def test_noise_of_a_wrong_shape():
     method = LangevinMiddle(timestep=0.001, temperature=300.0, friction=1.0)
     with pytest.raises(InvalidInputError, match=r"noise: got shape \(3,\), wanted"):
         method.step(state, harmonic(1.0), c, noise=normal(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timestep", {"temperature": 300.0, "friction": 0.0}),
+        ("timestep", {"temperature": 0.0, "friction": 1.0}),
+        ("friction", {"temperature": 0.0, "timestep": 0.002}),
+    ],
+)
+def test_derivatives_without_noise(name, options):
+    c = ConstraintSet([(0, 1)], [0.1], [3.0, 5.0])
+    x = torch.tensor([[0.0, 0, 0], [0.1, 0, 0]], dtype=torch.float64)
+    velocities, noise, weights = normal(2, 3), normal(2, 3, seed=2), normal(2, 2, 3, seed=3)
+
+    def loss(value):
+        state = State(positions=x, velocities=velocities)
+        method = LangevinMiddle(**options, **{name: value})
+        end = method.step(state, harmonic(40.0), c, noise=noise)
+        return (weights[0] * end.positions + weights[1] * end.velocities).sum()
+
+    at = 0.002 if name == "timestep" else 1.0
+    value = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(loss(value), value)
+    step = 1e-4 * at
+    ends = [loss(torch.tensor(at + s * step, dtype=torch.float64)) for s in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-9)

@@ -165,6 +165,20 @@ def test_sites_with_more_than_two_values_take_the_same_new_one():
     assert float(wanted) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize("move", [SiteChange("s", (0, 1, 2)), IdentitySwap(variable="s")])
+def test_lattices_of_two_axes_are_coupled_as_those_of_one(move):
+    target = Target(zero, temperature=300.0)
+    sites = [torch.tensor(values) for values in ([0, 1, 2, 2, 0, 1], [0, 2, 1, 2, 0, 1])]
+    found = []
+    for shape in ((6,), (2, 3)):
+        x, y = (ChainState.replicate(500, discrete={"s": s.reshape(shape)}) for s in sites)
+        random = generator(9)
+        noise = move.draw(x, random)
+        found.append(Couplings((move,)).noise(move, x, y, noise, target, random))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_swaps_of_a_lattice_take_the_same_pair():
     target = Target(zero, temperature=300.0)
     x = ChainState.replicate(2000, discrete={"s": torch.tensor([0, 1, 1, 0])})

@@ -101,8 +101,9 @@ class ConstraintSet(nn.Module):
         pbc: Sequence[bool] = (False, False, False),
     ) -> None:
         super().__init__()
-        weights, distances = as_numbers("masses", masses, "dalton"), as_numbers(
-            "lengths", lengths, NANOMETER
+        weights, distances = (
+            as_numbers("masses", masses, "dalton"),
+            as_numbers("lengths", lengths, NANOMETER),
         )
         # Single precision only if both are.
         dtype = torch.promote_types(weights.dtype, distances.dtype)

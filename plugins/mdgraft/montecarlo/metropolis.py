@@ -329,9 +329,7 @@ class Metropolis:
                 f"{tuple(self._state.positions.shape)} and a generator's state"
             )
         if _shapes(state) != _shapes(self._state):
-            raise InvalidInputError(
-                f"values: hold {_shapes(state)}, wanted {_shapes(self._state)}"
-            )
+            raise InvalidInputError(f"values: hold {_shapes(state)}, wanted {_shapes(self._state)}")
         device = self._state.positions.device
         self._generator.set_state(state.generator_state.cpu())
         self._state = _loaded(self.target, state.to(device))

@@ -70,7 +70,7 @@ def main() -> None:
         overflown = bool(state["listed"].did_buffer_overflow)
         results.append(
             {
-                "row": "peer jaxmd lj",
+                "row": "peer jaxmd lj-10k",
                 "work": "E, F, all dE/dp",
                 "beside": "OpenMM CPU: E, F",
                 "atoms": case.n_atoms,

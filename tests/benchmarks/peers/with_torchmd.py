@@ -56,7 +56,7 @@ def main() -> None:
         differ = disagreement(_KCAL * state["energy"], engine.energy())
         results.append(
             {
-                "row": "peer torchmd lj",
+                "row": "peer torchmd lj-2k",
                 "work": "E, F",
                 "beside": "OpenMM CPU: E, F",
                 "atoms": case.n_atoms,

@@ -75,7 +75,7 @@ def main() -> None:
         found = alternate(prepare, sides, PASSED["repeats"])
         results.append(
             {
-                "row": "peer torchpme water",
+                "row": "peer torchpme water-3k",
                 "work": "E, F, dE/dq, virial",
                 "beside": "OpenMM CPU: E, F",
                 "atoms": case.n_atoms,

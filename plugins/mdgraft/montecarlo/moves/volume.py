@@ -70,12 +70,13 @@ class Volume(AbstractMove):
                 f"{self.name}: volume and number of molecules cannot both vary: their conjugates "
                 "are not independent"
             )
-        sites = set() if target.sites is None else set(target.sites.indices)
         groups = Groups.singles(state) if self.molecules is None else self.molecules
-        alone = [g for g, m in zip(groups.index, groups.mask, strict=True) if sites >= {*g[m].tolist()}]
+        sites = set() if target.sites is None else set(target.sites.indices)
+        members = [row[used].tolist() for row, used in zip(groups.index, groups.mask, strict=True)]
+        alone = [molecule for molecule in members if sites.issuperset(molecule)]
         if alone:
             raise InvalidInputError(
-                f"molecules: that of particles {alone[0].tolist()} is a virtual site alone, which "
+                f"molecules: that of particles {alone[0]} is a virtual site alone, which "
                 "has no place of its own to scale; give molecules= that hold it with its parents"
             )
         if self.molecules is not None:
