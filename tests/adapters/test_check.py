@@ -311,12 +311,15 @@ def test_what_openmm_computes_in_single_precision(tmp_path: Path) -> None:
     assert any("computes it to about 1e-06 only" in remark for remark in report.remarks)
 
 
-def test_a_torch_force_is_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "error"), [("TorchForce", UntrustedInputError), ("PlumedForce", UnsupportedForceError)]
+)
+def test_forces_of_plugins_are_not_read(kind: str, error: type, tmp_path: Path) -> None:
     system = new_system()
     bonds(system)
     path = save(tmp_path, system)
-    path.write_text(path.read_text().replace('"HarmonicBondForce"', '"TorchForce"'))
-    with pytest.raises(UnsupportedForceError, match="TorchForce"):
+    path.write_text(path.read_text().replace('"HarmonicBondForce"', f'"{kind}"'))
+    with pytest.raises(error, match=kind):
         check(path)
 
 
@@ -326,14 +329,14 @@ class Confined(torch.nn.Module):
 
 
 @pytest.mark.openmmtorch
-def test_a_loaded_torch_force_is_listed(tmp_path: Path) -> None:
+def test_a_loaded_torch_force_needs_trust(tmp_path: Path) -> None:
     openmmtorch = pytest.importorskip("openmmtorch")
     torch.jit.script(Confined()).save(str(tmp_path / "energy.pt"))
     system = new_system()
     bonds(system)
     system.addForce(openmmtorch.TorchForce(str(tmp_path / "energy.pt")))
     assert mdgraft.graft(system).routes["TorchForce"] == "host"
-    with pytest.raises(UnsupportedForceError, match="TorchForce.*Graft the System in Python"):
+    with pytest.raises(UntrustedInputError, match=r"TorchForce.*TorchScript"):
         check(save(tmp_path, system))
 
 
