@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mdgraft
 import numpy as np
+import openmm
 import torch
 from engine import Engine
 from systems import Case
@@ -15,8 +16,8 @@ class Graft:
 
     Parameters
     ----------
-    engine
-        Its Context is grafted, so that both sides have the same PME mesh.
+    source
+        The Context of an engine is grafted, so that both sides have the same PME mesh; or a System.
     case
         The system.
     settings
@@ -25,11 +26,18 @@ class Graft:
         Whether to differentiate by the box as well.
     """
 
-    def __init__(self, engine: Engine, case: Case, settings: Settings, virial: bool = True) -> None:
+    def __init__(
+        self,
+        source: Engine | openmm.System,
+        case: Case,
+        settings: Settings,
+        virial: bool = True,
+    ) -> None:
         self.virial = virial
         self.dtype = getattr(torch, settings.dtype)
         self.device = settings.device
-        self.potential = mdgraft.graft(engine.context, dtype=self.dtype, device=self.device)
+        host = source.context if isinstance(source, Engine) else source
+        self.potential = mdgraft.graft(host, dtype=self.dtype, device=self.device)
         self.case = case
         self.place(case.positions)
         self.direction = self._tensor(np.random.default_rng(2).normal(size=case.positions.shape))

@@ -1,6 +1,7 @@
 """JAX MD's force field of the solvated protein beside mdgraft; prints fields of results as JSON.
 
-Its converter takes the OpenMM System, so that both sides get the same one.
+Its converter takes the OpenMM System, so that both sides get the same one. Each side is a process
+of its own, which shows its memory, and whose heap is not as the other side has left it.
 """
 
 # ruff: noqa: E402 - threads have to be chosen before the import starts them
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 PASSED = json.loads(sys.argv[1])
 if hasattr(os, "sched_setaffinity"):
@@ -26,10 +28,12 @@ from engine import Engine
 from openmm import unit
 from timing import Moves, Settings, alternate
 
-# Neither side's package is imported before it is used: memory is measured with one alone.
+if TYPE_CHECKING:
+    from grafted import Graft
+
+# Neither side's package is imported before it is used, so that no process has both.
 
 _KCAL = 4.184
-_SETTINGS = Settings(threads=PASSED["threads"], dtype="float32")
 #: Margin of JAX MD's list [nm]. Its own benchmark has 0.2; less takes less time and memory here,
 #: with a new list and without, but would need new ones more often in dynamics.
 _MARGIN = 0.05
@@ -96,7 +100,7 @@ class Converted:
         self.positions = self.jax.device_put(wrapped.astype(np.float32)).block_until_ready()
 
     def everything(self) -> None:
-        """Energy, forces and gradients of all parameters."""
+        """Compute energy, forces and gradients of all parameters."""
         found = self.derivatives(self.positions, self.values, self.listed)
         ((_, self.terms), (slope, _)), self.listed = self.jax.block_until_ready(found)
         self.slope = slope
@@ -134,114 +138,128 @@ def build() -> systems.Case:
     return case
 
 
-def converted(case: systems.Case) -> Callable[[], None]:
-    """What JAX MD computes."""
-    return Converted(case).everything
-
-
-def grafted(case: systems.Case) -> Callable[[], None]:
-    """What mdgraft computes, without a Context of OpenMM in its memory."""
-    import mdgraft
-    import torch
-
-    torch.set_num_threads(PASSED["threads"])
-    potential = mdgraft.graft(case.system, dtype=torch.float32)
-    positions = torch.tensor(case.positions, dtype=torch.float32, requires_grad=True)
-    box = torch.tensor(case.box, dtype=torch.float32)
-    return lambda: potential(positions, box).backward()
-
-
-def memory_of(side: str) -> dict[str, int]:
-    """Highest memory of a process of its own that sets one side up and computes twice [bytes]."""
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(PASSED | {"side": side})],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_memory(side: Callable[[systems.Case], Callable[[], None]]) -> None:
-    """Print the highest memory, everything counted, and that before either package came in."""
-    case = build()
-    before = memory.restart_peak()
-    compute = side(case)
-    for _ in range(2):
-        compute()
-    print(json.dumps({"peak_bytes": memory.peak(), "before_bytes": before}))
-
-
-def differences(case: systems.Case, theirs: Converted) -> dict[str, object]:
-    """Energies of both by force [kJ/mol], and how much the forces differ, relative."""
-    reference = Engine(case, "Reference")
-    theirs.place(case.positions)
-    theirs.everything()
-    energies = {}
-    for group, force in enumerate(case.system.getForces()):
-        if (found := theirs.energies().get(force.getName())) is not None:
-            state = reference.context.getState(energy=True, groups={group})
-            energies[force.getName()] = [found, state.getPotentialEnergy()._value]
-    forces = reference.energy_forces().getForces(asNumpy=True)._value
-    difference = np.linalg.norm(theirs.forces() - forces) / np.linalg.norm(forces)
-    return {"energies": energies, "force_difference": float(difference)}
-
-
-def main() -> None:
-    """Measure memory of both, then time, then compare what they computed."""
-    sides = {name: memory_of(name) for name in ("jaxmd", "mdgraft")}
+def grafted(case: systems.Case) -> Graft:
+    """mdgraft's side, of the System alone: no Context of OpenMM is in its memory."""
     import torch
     from grafted import Graft
 
     torch.set_num_threads(PASSED["threads"])
+    settings = Settings(threads=PASSED["threads"], dtype="float32")
+    return Graft(case.system, case, settings, virial=False)
+
+
+def differences(case: systems.Case, found: Converted) -> dict[str, object]:
+    """Energies of JAX MD and OpenMM by force [kJ/mol], and how much the forces differ, relative."""
+    reference = Engine(case, "Reference")
+    energies = {}
+    for group, force in enumerate(case.system.getForces()):
+        if (energy := found.energies().get(force.getName())) is not None:
+            state = reference.context.getState(energy=True, groups={group})
+            energies[force.getName()] = [energy, state.getPotentialEnergy()._value]
+    forces = reference.energy_forces().getForces(asNumpy=True)._value
+    difference = np.linalg.norm(found.forces() - forces) / np.linalg.norm(forces)
+    return {"energies": energies, "force_difference": float(difference)}
+
+
+def serve(build_side: Callable[[systems.Case], Converted | Graft]) -> None:
+    """Tell the peak memory of one side, everything counted; then move atoms and compute on request.
+
+    A request is a line: a kind of moves with the number of the round, or nothing to compute.
+    """
     case = build()
-    ours = Graft(Engine(case, "CPU", PASSED["threads"]), case, _SETTINGS, virial=False)
-    theirs = Converted(case)
-    extra = differences(case, theirs) | {"memory": sides}
-    of_all = [sum(pair) for pair in zip(*extra["energies"].values(), strict=True)]
-    peaks = [sides[name]["peak_bytes"] for name in ("jaxmd", "mdgraft")]
+    memory.restart_peak()
+    side = build_side(case)
+    for _ in range(2):
+        side.everything()
+    answer = {"peak_bytes": memory.peak()}
+    if isinstance(side, Converted):
+        answer |= differences(case, side)
+    print(json.dumps(answer), flush=True)
+    moves = {kind: Moves(case.positions, kind) for kind in Moves.kinds}
+    for request in sys.stdin:
+        if request.strip():
+            kind, count = request.split()
+            side.place(moves[kind](int(count)))
+        else:
+            side.everything()
+        overflown = isinstance(side, Converted) and side.overflown()
+        print(json.dumps({"overflown": overflown}), flush=True)
+
+
+class Remote:
+    """One side in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(PASSED | {"side": name})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.found = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"one side ended with exit status {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, request: str = "") -> dict[str, Any]:
+        """Send a line and wait for what comes back."""
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    """Measure memory and difference, then time both sides in turn."""
+    theirs, ours = Remote("jaxmd"), Remote("mdgraft")
+    n_atoms = build().n_atoms
+    totals = [sum(pair) for pair in zip(*theirs.found["energies"].values(), strict=True)]
+    peaks = [side.found["peak_bytes"] for side in (theirs, ours)]
     note = (
         f"peak {peaks[0] / 1e6:.0f} MB, mdgraft {peaks[1] / 1e6:.0f} MB ({peaks[0] / peaks[1]:.1f}"
-        f" times); E off by {abs(of_all[0] / of_all[1] - 1):.1g}, F by "
-        f"{extra['force_difference']:.1g}; dispersion correction is a constant"
+        f" times); E off by {abs(totals[0] / totals[1] - 1):.1g}, F by "
+        f"{theirs.found['force_difference']:.1g}; dispersion correction is a constant"
     )
     results = []
     for kind in Moves.kinds:
-        moves = Moves(case.positions, kind)
 
-        def prepare(count, moves=moves):
-            positions = moves(count)
-            ours.place(positions)
-            theirs.place(positions)
+        def prepare(count, kind=kind):
+            for side in (theirs, ours):
+                side.ask(f"{kind} {count}")
 
         found = alternate(
-            prepare,
-            {"theirs": ours.everything, "ours": theirs.everything},
-            PASSED["repeats"],
-            warm_up=2,
+            prepare, {"theirs": ours.ask, "ours": theirs.ask}, PASSED["repeats"], warm_up=2
         )
+        overflown = theirs.ask()["overflown"]
         results.append(
             {
                 "row": "peer jaxmd dhfr",
                 "work": "E, F, all dE/dp",
                 "beside": "mdgraft: the same",
-                "atoms": case.n_atoms,
+                "atoms": n_atoms,
                 "threads": PASSED["threads"],
                 "dtype": "float32",
                 "moves": kind,
                 "ours": found["ours"],
                 "theirs": found["theirs"],
                 "target": 7.0,
-                "note": "its list overflowed" if theirs.overflown() else note,
-                "extra": extra,
+                "note": "its list overflowed" if overflown else note,
+                "extra": theirs.found | {"mdgraft_peak_bytes": peaks[1]},
             }
         )
+    for side in (theirs, ours):
+        side.end()
     print(json.dumps(results))
 
 
 if "side" in PASSED:
-    measure_memory({"jaxmd": converted, "mdgraft": grafted}[PASSED["side"]])
+    serve({"jaxmd": Converted, "mdgraft": grafted}[PASSED["side"]])
 else:
     main()
