@@ -133,4 +133,7 @@ def test_programs_compile_and_fit_into_registers(architecture, tmp_path):
     assert len(usage) == 32
     for label in ("ewald single first", "ewald single second", "torsions single first"):
         registers, stack = usage[label].split("\t")
-        assert (registers, stack) == ("-", "-") or (int(registers) < 255 and int(stack) == 0), label
+        # What spills has taken all 255 registers. Some versions of Triton reduce huge angles in an
+        # array of 32 bytes, which the stack has then all the same.
+        allowed = 32 if label.startswith("torsions") else 0
+        assert registers == "-" or (int(registers) < 255 and int(stack) <= allowed), label
