@@ -31,9 +31,9 @@ _PLATFORM_REMEDIES = {
     "HIP": 'pip install "openmm[hip6]" beside an AMD ROCm driver',
 }
 _OPTIONAL = {
-    "ase": ("ASE", "ase"),
-    "MDAnalysis": ("MDAnalysis", "MDAnalysis"),
-    "pymbar": ("pymbar", "pymbar"),
+    "ase": ("ASE", "ase", "mdgraft_ase needs it"),
+    "MDAnalysis": ("MDAnalysis", "MDAnalysis", "optional"),
+    "pymbar": ("pymbar", "pymbar", "optional"),
 }
 _TORCHFORCE = 'pip install "mdgraft[openmmtorch]" in an environment of its own'
 
@@ -299,10 +299,10 @@ def _torch_force(where: str, trial: Trial) -> Finding:
 
 
 def _optional(module: str, timeout: float) -> Finding:
-    name, distribution = _OPTIONAL[module]
+    name, distribution, use = _OPTIONAL[module]
     install = f"pip install {distribution}"
     if _version(distribution) is None:
-        return Finding(name=name, status=MISSING, detail="optional", remedy=install)
+        return Finding(name=name, status=MISSING, detail=use, remedy=install)
     trial = run_trial(f"import {module}, json\nprint(json.dumps({{}}))", timeout)
     if not trial.ok:
         return _failed(name, distribution, trial, install, essential=False)
