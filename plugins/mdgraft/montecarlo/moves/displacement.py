@@ -60,7 +60,7 @@ class Displacement(AbstractGaussianMove):
             raise InvalidInputError(
                 f"particles: got {chosen.tolist()[:6]}, wanted indices below {state.n_particles}"
             )
-        if len(set(chosen.tolist())) != len(chosen):
+        if len(torch.unique(chosen)) != len(chosen):
             raise InvalidInputError("particles: an index occurs twice")
 
     def _movable(self, state: ChainState) -> Tensor:
