@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from mdgraft import (
     UnsupportedForceError,
     UnsupportedHostError,
 )
+from mdgraft._graft import chosen_routes
 from mdgraft.potentials import AbstractTerm
 from mdgraft.potentials.atomistic.module import ModuleTerm
 from mdgraft.potentials.external import ExternalTerm
@@ -58,7 +58,7 @@ def graft(
     """
     atoms, calculator = as_host(host_object)
     summands = parts(calculator, atoms)
-    routes = _routes(list(summands), route)
+    routes = chosen_routes(summands, route)
     own = own_potential(calculator)
     if own is not None and "host" not in routes.values():
         return _as_it_is(own, atoms, dtype, device)
@@ -250,22 +250,3 @@ def _inner(potential: Potential, atoms: ase.Atoms) -> ModuleTerm:
         units=potential.units,
         general_cell=potential.general_cell,
     )
-
-
-def _routes(names: list[str], route: str | Mapping[str, str]) -> dict[str, str]:
-    """The route of each term, from one for all or from patterns."""
-    asked = {"*": route} if isinstance(route, str) else dict(route)
-    routes = dict.fromkeys(names, "auto")
-    for pattern, wanted in asked.items():
-        if wanted not in ("auto", "native", "host"):
-            raise InvalidInputError(
-                f"route: got {wanted!r}, wanted 'auto', 'native', 'host', or a mapping from "
-                "patterns of term names to these"
-            )
-        matches = fnmatch.filter(names, pattern)
-        if not matches and not isinstance(route, str):
-            raise InvalidInputError(
-                f"route: {pattern!r} matches no term; there are {sorted(names)}"
-            )
-        routes |= dict.fromkeys(matches, wanted)
-    return routes

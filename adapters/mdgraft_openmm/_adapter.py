@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import openmm
 import torch
 from mdgraft import InvalidInputError, Potential, UnsupportedForceError, UnsupportedHostError
+from mdgraft._graft import chosen_routes
 from mdgraft.potentials import AbstractTerm, is_reserved
 from mdgraft.potentials.amoeba.generalized_kirkwood import GeneralizedKirkwood
 from mdgraft.potentials.external import ExternalTerm
@@ -129,7 +129,7 @@ def read_terms(host: Host, route: str | Mapping[str, str]) -> dict[str, Abstract
     if not host.system.getNumParticles():
         raise InvalidInputError("host_object: the System has no particles; add some first")
     forces = energy_forces(host.system)
-    routes = _routes(forces, route)
+    routes = chosen_routes(forces, route)
     _couple(forces, routes)
     terms: dict[str, AbstractTerm] = {}
     missing: list[str] = []
@@ -222,25 +222,6 @@ _PROPERTIES = (
     "DeterministicForces",
     "UseCpuPme",
 )
-
-
-def _routes(forces: Mapping[str, openmm.Force], route: str | Mapping[str, str]) -> dict[str, str]:
-    """The route of each term, from one for all or from patterns."""
-    asked = {"*": route} if isinstance(route, str) else dict(route)
-    routes = dict.fromkeys(forces, "auto")
-    for pattern, wanted in asked.items():
-        if wanted not in ("auto", "native", "host"):
-            raise InvalidInputError(
-                f"route: got {wanted!r}, wanted 'auto', 'native', 'host', or a mapping from "
-                "patterns of term names to these"
-            )
-        matches = fnmatch.filter(forces, pattern)
-        if not matches and not isinstance(route, str):
-            raise InvalidInputError(
-                f"route: {pattern!r} matches no term; there are {sorted(forces)}"
-            )
-        routes |= dict.fromkeys(matches, wanted)
-    return routes
 
 
 def _check_parameters(name: str, term: AbstractTerm, force: openmm.Force) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -79,3 +80,23 @@ def graft(
         f"host_object: no adapter for {cls.__module__}.{cls.__qualname__}"
         f"; there are adapters for {sorted({entry.name for entry in available})}"
     )
+
+
+def chosen_routes(names: Iterable[str], route: str | Mapping[str, str]) -> dict[str, str]:
+    """The route of each term, from one for all or from patterns."""
+    names = list(names)
+    asked = {"*": route} if isinstance(route, str) else dict(route)
+    routes = dict.fromkeys(names, "auto")
+    for pattern, wanted in asked.items():
+        if wanted not in ("auto", "native", "host"):
+            raise InvalidInputError(
+                f"route: got {wanted!r}, wanted 'auto', 'native', 'host', or a mapping from "
+                "patterns of term names to these"
+            )
+        matches = fnmatch.filter(names, pattern)
+        if not matches and not isinstance(route, str):
+            raise InvalidInputError(
+                f"route: {pattern!r} matches no term; there are {sorted(names)}"
+            )
+        routes |= dict.fromkeys(matches, wanted)
+    return routes
