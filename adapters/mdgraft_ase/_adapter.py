@@ -25,6 +25,7 @@ from mdgraft.potentials.atomistic.module import ModuleTerm
 from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_ase._engine import CalculatorEngine
+from mdgraft_ase._held import held_by
 from mdgraft_ase._parts import parts
 from mdgraft_ase._units import periods
 from mdgraft_ase.forms import form_of
@@ -61,7 +62,7 @@ def graft(
     routes = chosen_routes(summands, route)
     own = own_potential(calculator)
     if own is not None and "host" not in routes.values():
-        return _as_it_is(own, atoms, dtype, device)
+        return _holding(_as_it_is(own, atoms, dtype, device), atoms)
     terms: dict[str, AbstractTerm] = {}
     taken: dict[str, str] = {}
     missing: list[str] = []
@@ -79,7 +80,7 @@ def graft(
             "ask for 'host', to have ASE evaluate them inside the graph"
         )
     potential = Potential(terms, n_particles=len(atoms), routes=taken)
-    return potential.to(dtype=dtype, device=device)
+    return _holding(potential.to(dtype=dtype, device=device), atoms)
 
 
 def as_host(host_object: Any) -> tuple[ase.Atoms, Any]:
@@ -152,6 +153,16 @@ def _as_it_is(
     if potential.dtype == dtype and potential.device == torch.device(device):
         return potential
     return copy.deepcopy(potential).to(dtype=dtype, device=device)
+
+
+def _holding(potential: Potential, atoms: ase.Atoms) -> Potential:
+    """A potential that knows what the atoms' constraints hold; the very same if they hold nothing."""
+    held = held_by(atoms)
+    if held is None:
+        return potential
+    known = copy.copy(potential)
+    known.held = held
+    return known
 
 
 def _term(

@@ -9,6 +9,7 @@ import torch
 from mdgraft import Potential
 
 from mdgraft_ase._adapter import as_host, host_term
+from mdgraft_ase._held import held_by
 from mdgraft_ase._parts import Part, parts
 
 
@@ -54,4 +55,5 @@ class HostPotential(Potential):
             for name, part in found.items()
         }
         super().__init__(terms, n_particles=len(structure), routes=dict.fromkeys(terms, "host"))
+        self.held = held_by(structure)
         self.to(dtype=dtype, device=device)

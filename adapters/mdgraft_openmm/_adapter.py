@@ -16,6 +16,7 @@ from mdgraft.potentials.external import ExternalTerm
 
 from mdgraft_openmm._converter import Host, global_key, number
 from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class, uses_box
+from mdgraft_openmm._held import held_by
 from mdgraft_openmm.export.term import TorchTerm
 from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
@@ -113,6 +114,7 @@ def graft(
         sites=read_sites(host.system),
         routes=_taken(terms),
     )
+    potential.held = held_by(host.system)
     return potential.to(dtype=dtype, device=device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mdgraft_openmm._adapter import as_host
 from mdgraft_openmm._converter import number
+from mdgraft_openmm._held import constraint_indices
 from mdgraft_openmm.virtual_sites import read_sites
 
 
@@ -74,28 +75,6 @@ def constraints(
         sites=read_sites(system),
     )
     return found.to(device=device, dtype=dtype)
-
-
-def constraint_indices(system: openmm.System) -> list[int]:
-    """Which constraints of a System have an effect: all but those between massless particles.
-
-    Raises
-    ------
-    InvalidInputError
-        If a constraint names particles that do not exist.
-    """
-    n = system.getNumParticles()
-    kept = []
-    for k in range(system.getNumConstraints()):
-        i, j, _ = system.getConstraintParameters(k)
-        if not (0 <= i < n and 0 <= j < n):
-            raise InvalidInputError(
-                f"host_object: constraint {k} connects particles {i} and {j}, but the System has "
-                f"{n}"
-            )
-        if number(system.getParticleMass(i)) or number(system.getParticleMass(j)):
-            kept.append(k)
-    return kept
 
 
 def _settled(pairs: list[tuple[int, int]], lengths: np.ndarray) -> list[int]:

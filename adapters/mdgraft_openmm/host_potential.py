@@ -9,6 +9,7 @@ from mdgraft import Potential
 
 from mdgraft_openmm._adapter import as_host, global_parameters, read_terms
 from mdgraft_openmm._converter import global_key
+from mdgraft_openmm._held import held_by
 from mdgraft_openmm.virtual_sites import read_sites
 
 
@@ -62,4 +63,5 @@ class HostPotential(Potential):
             sites=read_sites(host.system),
             routes=dict.fromkeys(terms, "host"),
         )
+        self.held = held_by(host.system)
         self.to(dtype=dtype, device=device)

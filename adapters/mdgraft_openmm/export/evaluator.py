@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mdgraft import MDGraftWarning, NonConservativeForceWarning
 from torch import Tensor
@@ -32,6 +34,15 @@ class Evaluation(NamedTuple):
     slopes: dict[str, Tensor]
 
 
+class _Memory(NamedTuple):
+    """Slopes of the last configuration that a host asked for, and its numbers bit by bit."""
+
+    positions: bytes
+    box: bytes
+    values: Mapping[str, float]
+    slopes: dict[str, float]
+
+
 class Evaluator:
     """Evaluates an energy function inside of a host's own evaluation.
 
@@ -55,6 +66,7 @@ class Evaluator:
         self.check = check
         self._unchecked = check
         self._last: tuple[list[Tensor], list[float], Evaluation] | None = None
+        self._memory: _Memory | None = None
 
     def __call__(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
@@ -64,9 +76,7 @@ class Evaluator:
         Warnings are issued where `check_forces` or `check_slopes` find a reason.
         """
         if self._unchecked:
-            self._unchecked = False
-            self.check_forces(positions, box, values)
-            self.check_slopes(positions, box, values)
+            self._check(positions, box, values)
         found = self.evaluate(positions, box, values)
         if self.slopes:
             inputs = [positions.clone()] if box is None else [positions.clone(), box.clone()]
@@ -99,36 +109,61 @@ class Evaluator:
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
     ) -> Evaluation:
         """Evaluate without memory and without a check."""
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            return self._pass(positions, box, values)
-        with torch.inference_mode(False), torch.enable_grad():
-            # Tensors of inference mode cannot take part in gradients, and copies can.
-            copied = None if box is None else box.clone()
-            return self._pass(positions.clone(), copied, values)
-
-    def _pass(
-        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
-    ) -> Evaluation:
-        # Makes this thread take the number of threads that torch was told.
-        torch.get_num_threads()
         function = self.function
-        dtype, device = function.dtype, function.device
-        x = positions.detach().to(device, dtype).requires_grad_()
-        h = None if box is None else box.to(device, dtype)
-        scalars = {
-            name: torch.tensor(
-                values[name], dtype=dtype, device=device, requires_grad=name in self.slopes
-            )
-            for name in function.defaults
-        }
-        energy, forces = function(x, h, scalars)
-        wanted = [scalars[name] for name in self.slopes]
-        if forces is None:
-            gradient, *slopes = _gradients(energy, [x, *wanted])
-            forces = gradient.neg()
-        else:
-            forces, slopes = forces.detach(), _gradients(energy, wanted)
-        return Evaluation(energy.detach(), forces, dict(zip(self.slopes, slopes, strict=True)))
+        with _Gradients():
+            # Tensors of inference mode cannot take part in gradients, and copies can.
+            x = positions.detach().clone().to(function.device, function.dtype)
+            h = None if box is None else box.clone().to(function.device, function.dtype)
+            energy, gradient, slopes = self._pass(x, h, values)
+            return Evaluation(energy.detach(), gradient.neg(), slopes)
+
+    def energy_and_forces(
+        self, positions: np.ndarray, box: np.ndarray | None, values: Mapping[str, float]
+    ) -> tuple[float, np.ndarray]:
+        """What `__call__` gives, for a host that has arrays, as cheaply as can be.
+
+        Parameters
+        ----------
+        positions
+            ``(N, 3)`` [nm], float64. The module may keep them.
+        box
+            ``(3, 3)`` [nm], float64.
+        values
+            Global parameters by name.
+
+        Returns
+        -------
+        tuple
+            Energy [kJ/mol] and forces ``(N, 3)`` [kJ/mol/nm], float64.
+        """
+        if self._unchecked:
+            h = None if box is None else torch.from_numpy(box)
+            self._check(torch.from_numpy(positions), h, values)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._of_arrays(positions, box, values)
+        with _Gradients():
+            return self._of_arrays(positions, box, values)
+
+    def slope_and_forces(
+        self,
+        name: str,
+        positions: np.ndarray,
+        box: np.ndarray | None,
+        values: Mapping[str, float],
+    ) -> float:
+        """What `slope` gives, for a host that has arrays; a product of it with zero is zero."""
+        # One tuple, so that threads which share an evaluator cannot mix two configurations.
+        memory = self._memory
+        if (
+            memory is None
+            or memory.positions != positions.tobytes()
+            or memory.values != values
+            or (box is not None and memory.box != box.tobytes())
+        ):
+            self.energy_and_forces(positions, box, values)
+            memory = self._memory
+        assert memory is not None
+        return memory.slopes[name]
 
     def check_forces(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]

@@ -145,7 +145,9 @@ def _collected(
         of_derived: list[Tensor] = []
         # One frame's energy depends on that frame alone, so positions need no batch of seeds.
         outputs, seeds = [energies.sum()], [torch.ones_like(energies[0])]
-        whole = torch.zeros(n, sum(p.numel() for p in parameters), dtype=torch.float64)
+        whole = torch.zeros(
+            n, sum(p.numel() for p in parameters), dtype=torch.float64, device=positions.device
+        )
         parts = torch.split(whole, [p.numel() for p in parameters], dim=1)
         total = {id(p): part for p, part in zip(parameters, parts, strict=True)}
         for piece, weight in zip(live, weights, strict=True):

@@ -135,6 +135,9 @@ class _Energy(torch.autograd.Function):
                 result.append(None)
             elif ctx.call.framed[k]:
                 result.append(weight.reshape(-1, *(1,) * (gradient.ndim - 1)) * gradient)
+            elif len(gradient) == 1:
+                # A matrix product takes longer, on a GPU above all.
+                result.append((weight * gradient.reshape(-1)).reshape(tensor.shape))
             else:
                 flat = gradient.reshape(gradient.shape[0], tensor.numel())
                 result.append((weight @ flat).reshape(tensor.shape))

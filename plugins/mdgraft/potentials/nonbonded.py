@@ -19,6 +19,7 @@ from mdgraft.kernels.periodic import volume
 from mdgraft.kernels.switch import compiled_kernels
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.direct_space import DirectSpace
+from mdgraft.potentials.dispersion_tail import DispersionTail
 from mdgraft.potentials.nonbonded_exceptions import NonbondedExceptions
 from mdgraft.potentials.term import AbstractTerm
 
@@ -197,6 +198,9 @@ class Nonbonded(AbstractTerm):
         self._switched = switched and settings.method is not Method.LJPME
         self._shared: tuple[str, ...] = ("switching_distance",) if self._switched else ()
         self._shared += ("reaction_field_dielectric",)
+        self._tail: DispersionTail | None = None
+        if settings.dispersion_correction and settings.method is not Method.LJPME:
+            self._tail = DispersionTail(settings.cutoff)
         self._made: _Made | None = None
         self._n = charge.shape[0]
         self._add_offsets("particle_offset", particle_offsets)
@@ -259,15 +263,13 @@ class Nonbonded(AbstractTerm):
             energy = energy + sums.others.interactions(
                 positions, box, *self._offset("exception_offset", own, values, present)
             )
-            if settings.dispersion_correction and settings.method is not Method.LJPME:
+            if self._tail is not None:
                 assert box is not None
                 # Every offset counts here, at the declared defaults.
                 _, tail_sigma, tail_epsilon = self._offset(
                     "particle_offset", particle, values, self.global_defaults, replaced=True
                 )
-                tail = pair_forms.dispersion_tail(
-                    tail_sigma, tail_epsilon, settings.cutoff, values.get("switching_distance")
-                )
+                tail = self._tail(tail_sigma, tail_epsilon, values.get("switching_distance"))
                 energy = energy + tail / volume(box)
         else:
             # What only counts in direct space has zero derivatives, not missing ones.

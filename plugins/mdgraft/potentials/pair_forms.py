@@ -1,10 +1,7 @@
-"""Pair energies as functions of the squared distance, and the long-range dispersion tail."""
+"""Pair energies as functions of the squared distance."""
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,75 +75,3 @@ def ljpme_direct(
 def ljpme_mesh_share(r_squared: Tensor, c6_product: Tensor, alpha: float) -> Tensor:
     """C6 [1 - exp(-x)(1 + x + x^2/2)] / r^6 with x = (alpha r)^2, minus the energy on the mesh."""
     return c6_product * alpha**6 * dispersion_damping(alpha**2 * r_squared)
-
-
-def dispersion_tail(
-    sigma: Tensor, epsilon: Tensor, cutoff: float, switching_distance: Tensor | None
-) -> Tensor:
-    """Long-range correction of a switched or truncated Lennard-Jones fluid, times the volume.
-
-    Shirts et al., J. Phys. Chem. B 111, 13052 (2007), averaged over all pairs i <= j, self pairs
-    included, as OpenMM does. The sum over pairs of ((s_i + s_j)/2)^n sqrt(e_i e_j) is expanded
-    binomially, so the cost is linear in particles and every derivative is exact.
-
-    Parameters
-    ----------
-    sigma, epsilon
-        ``(N,)`` [nm], [kJ/mol].
-    cutoff
-        [nm].
-    switching_distance
-        ``()`` [nm], or None without switching.
-
-    Returns
-    -------
-    Tensor
-        ``()`` [kJ/mol nm^3].
-    """
-    n = sigma.shape[0]
-    root = root_epsilon(epsilon)
-
-    # Products one after the other: general powers take far longer.
-    weighted, moments = root, [root.sum()]
-    for _ in range(12):
-        weighted = weighted * sigma
-        moments.append(weighted.sum())
-    sixth = sigma * sigma * sigma
-    sixth = sixth * sixth
-    own = {6: root * root * sixth}
-    own[12] = own[6] * sixth
-
-    joined = torch.stack(moments)
-
-    def pair_average(power: int) -> Tensor:
-        """Mean of ((s_i + s_j)/2)^power sqrt(e_i e_j) over pairs."""
-        binomial = [math.comb(power, k) / 2**power for k in range(power + 1)]
-        factors = torch.tensor(binomial, dtype=sigma.dtype, device=sigma.device)
-        lower = joined[: power + 1]
-        cross = (factors * lower * lower.flip(0)).sum()
-        result: Tensor = (cross + own[power].sum()) / (n * (n + 1))
-        return result
-
-    def integral(power: int) -> Tensor:
-        """Integral of r^(2 - power) times what the switch removes, from r_switch to infinity."""
-        beyond = torch.as_tensor(
-            cutoff ** (3 - power) / (power - 3), dtype=sigma.dtype, device=sigma.device
-        )
-        if switching_distance is None:
-            return beyond
-        nodes, weights = (torch.as_tensor(a).to(sigma) for a in _QUADRATURE)
-        width = cutoff - switching_distance
-        r = switching_distance + width * nodes
-        removed = 1 - switch(r, switching_distance, cutoff)
-        return beyond + width * (weights * r ** (2 - power) * removed).sum()
-
-    attraction = pair_average(6) * integral(6)
-    return 8 * math.pi * n * n * (pair_average(12) * integral(12) - attraction)
-
-
-def _unit_interval_quadrature(order: int) -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = np.polynomial.legendre.leggauss(order)
-    return 0.5 * (nodes + 1), 0.5 * weights
-
-
-_QUADRATURE = _unit_interval_quadrature(96)

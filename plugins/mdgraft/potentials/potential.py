@@ -17,6 +17,7 @@ from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pieces import collecting
 from mdgraft.kernels.switch import under_transform
 from mdgraft.potentials._inputs import as_frames, check_frames
+from mdgraft.potentials.held import Held
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties
 
@@ -63,6 +64,8 @@ class Potential(nn.Module):
     routes: dict[str, str]
     #: ``{"NonbondedForce.charge": "elementary charge", ...}``: the unit of each parameter.
     units: dict[str, str]
+    #: Distances and particles that the host holds fixed, which energies know nothing of, or None.
+    held: Held | None = None
 
     def __init__(
         self,

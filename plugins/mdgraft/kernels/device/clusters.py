@@ -233,33 +233,33 @@ def _near(low: Tensor, high: Tensor, moves: Tensor, reach: float) -> tuple[Tenso
     highest = high.reshape(n_frames, n_groups, group, 3).amax(dim=2)
     inner = torch.arange(group, device=low.device)
     found = []
-    frames_at_once = max(1, _MOST // (n_groups * n_groups))
-    for start in range(0, n_frames, frames_at_once):
+    n_images = moves.shape[1]
+    images_at_once = max(1, min(n_images, _MOST // (n_groups * n_groups)))
+    frames_at_once = max(1, _MOST // (images_at_once * n_groups * n_groups))
+    for start, first_image in itertools.product(
+        range(0, n_frames, frames_at_once), range(0, n_images, images_at_once)
+    ):
         some = slice(start, start + frames_at_once)
-        for k in range(moves.shape[1]):
-            move = moves[some, k][:, None, None]
-            near = _gap(lowest[some], highest[some], move) < reach**2
-            candidates = near.nonzero()
-            candidates[:, 0] += start
-            for first in range(0, len(candidates), _MOST // group**2):
-                part = candidates[first : first + _MOST // group**2]
-                frame, i, j = (index[:, None, None] for index in part.unbind(-1))
-                row = (i * group + inner[:, None]).expand(-1, group, group)
-                column = (j * group + inner).expand(-1, group, group)
-                frame = frame.expand(-1, group, group)
-                corners = (low[frame, row], high[frame, row], low[frame, column])
-                between = _between(*corners, high[frame, column], moves[frame, k])
-                close = between < reach**2
-                image = torch.full_like(frame[close], k)
-                found.append(torch.stack([frame[close], row[close], column[close], image]))
+        move = moves[some, first_image : first_image + images_at_once, None, None]
+        candidates = (_gap(lowest[some], highest[some], move) < reach**2).nonzero()
+        for part in candidates.split(_MOST // group**2):
+            frame, image, i, j = (index[:, None, None] for index in part.unbind(-1))
+            row = (i * group + inner[:, None]).expand(-1, group, group)
+            column = (j * group + inner).expand(-1, group, group)
+            frame, image = (frame + start).expand_as(row), (image + first_image).expand_as(row)
+            corners = (low[frame, row], high[frame, row], low[frame, column])
+            between = _between(*corners, high[frame, column], moves[frame, image])
+            close = (between < reach**2).nonzero(as_tuple=True)
+            found.append(torch.stack([t[close] for t in (frame, row, column, image)]))
     if not found:
         return tuple(torch.empty(4, 0, dtype=torch.long, device=low.device))
     return tuple(torch.cat(found, dim=1))
 
 
 def _gap(low: Tensor, high: Tensor, move: Tensor) -> Tensor:
-    """Squared distances ``(F, G, G)`` of bounding boxes to moved ones."""
-    rows, columns = (low[:, :, None], high[:, :, None]), (low[:, None], high[:, None])
+    """Squared distances ``(F, images, G, G)`` of bounding boxes to moved ones."""
+    low, high = low[:, None], high[:, None]
+    rows, columns = (low[:, :, :, None], high[:, :, :, None]), (low[:, :, None], high[:, :, None])
     return _between(*rows, *columns, move)
 
 

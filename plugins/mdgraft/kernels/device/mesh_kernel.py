@@ -16,6 +16,7 @@ from torch import Tensor
 from mdgraft.kernels.device import modes as on_modes
 from mdgraft.kernels.device import programs
 from mdgraft.kernels.device.modes import Modes
+from mdgraft.kernels.device.numbers import outer_sum
 from mdgraft.kernels.fused.influence import Interaction
 from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.periodic import reciprocal, volume
@@ -133,7 +134,7 @@ class DeviceMeshKernel:
         r = known.reciprocals
         rt = r.transpose(1, 2)
         # Everything depends on the box through R and V: dR = -R dB R, dV = V tr(R dB).
-        turned = positions.double().transpose(1, 2) @ g
+        turned = outer_sum(positions.double(), g)
         if wanted[1]:
             turned = turned + r @ on_modes.squares(modes.waves, known.by_mirror[1] * power)
         boxes = -rt @ turned @ rt - energies[:, None, None] * rt
@@ -172,9 +173,9 @@ class DeviceMeshKernel:
         slopes, values, dslopes = out[..., :3].double(), out[..., 3], out[..., 4:].double()
         g = charges.double().unsqueeze(-1) * slopes
         dg = dq.double().unsqueeze(-1) * slopes + charges.double().unsqueeze(-1) * dslopes
-        x, dx = positions.double().transpose(1, 2), shifts.double().transpose(1, 2)
-        turned = x @ g + r @ virials
-        dturned = dx @ g + x @ dg + dr @ virials + r @ dvirials
+        x, dx = positions.double(), shifts.double()
+        turned = outer_sum(x, g) + r @ virials
+        dturned = outer_sum(dx, g) + outer_sum(x, dg) + dr @ virials + r @ dvirials
         boxes = (
             -(drt @ turned @ rt + rt @ dturned @ rt + rt @ turned @ drt)
             - denergies[:, None, None] * rt

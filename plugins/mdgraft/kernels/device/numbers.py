@@ -56,6 +56,15 @@ def shared_numbers(
     return torch.cat([part.to(fixed.dtype) for part in parts], dim=1)
 
 
+def outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over particles of a b^T, ``(F, N, 3), (F, N, 3) -> (F, 3, 3)``.
+
+    Libraries for matrices take forty times as long for so few rows.
+    """
+    result: Tensor = (a[..., None] * b[..., None, :]).sum(dim=1)
+    return result
+
+
 def some_frames(
     directions: Sequence[Tensor | None] | None, frames: slice
 ) -> list[Tensor | None] | None:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from mdgraft.kernels.device.clusters import SIZE, ClusterList, cluster_list, padded, taken
-from mdgraft.kernels.device.numbers import Constants, Table, shared_numbers, some_frames
+from mdgraft.kernels.device.numbers import (
+    Constants,
+    Table,
+    outer_sum,
+    shared_numbers,
+    some_frames,
+)
 from mdgraft.kernels.device.pair_program import PairProgram, pair_program
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.pair_kernel import SKIN
@@ -211,7 +217,7 @@ class DevicePairKernel:
             available[0] = slopes = own[..., :3]
             if inputs[1].shape[1]:
                 box = total[:, n:].reshape(-1, 3, 3)
-                box = box - clusters.wraps.transpose(1, 2) @ slopes.double()
+                box = box - outer_sum(clusters.wraps, slopes.double())
                 available[1] = box.to(positions.dtype)
             else:
                 available[1] = torch.zeros_like(inputs[1])

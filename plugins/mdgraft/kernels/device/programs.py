@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import linecache
 import math
 import os
@@ -25,16 +24,11 @@ def interpreted() -> bool:
 @functools.lru_cache(maxsize=512)
 def program(name: str, text: str) -> Any:
     """The function of this name in a text, compiled when it is first started."""
-    language: Any = importlib.import_module("triton.language")
     source = _HEAD + text
     # Triton reads the source of its functions again, from a file or from here.
     place = f"<mdgraft {name} {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
     linecache.cache[place] = (len(source), None, source.splitlines(True), place)
-    scope: dict[str, Any] = {
-        "__name__": "mdgraft.kernels.device.generated",
-        "INF": language.constexpr(math.inf),
-        "NAN": language.constexpr(math.nan),
-    }
+    scope: dict[str, Any] = {"__name__": "mdgraft.kernels.device.generated"}
     exec(compile(source, place, "exec"), scope)
     return scope[name]
 

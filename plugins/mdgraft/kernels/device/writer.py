@@ -79,8 +79,7 @@ class Writer:
     def constant(self, value: float, kind: str) -> Name:
         """A number."""
         if isinstance(value, float) and not math.isfinite(value):
-            text = "NAN" if math.isnan(value) else "INF" if value > 0 else "-INF"
-            return self.new(f"tl.full({self.shape}, {text}, {kind})")
+            return self.new(f'tl.full({self.shape}, float("{value}"), {kind})')
         return self.new(f"tl.full({self.shape}, {value!r}, {kind})")
 
     def loaded(self, place: str) -> Name:
