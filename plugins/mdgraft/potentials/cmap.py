@@ -69,6 +69,8 @@ class CMAPTorsion(AbstractTerm):
     A. D. MacKerell, M. Feig and C. L. Brooks, J. Comput. Chem. 25, 1400 (2004).
     """
 
+    replays = True
+
     particles: Tensor
     #: ``(torsions,)`` where each torsion's map begins, and its size.
     start: Tensor

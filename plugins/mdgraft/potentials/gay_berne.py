@@ -51,6 +51,8 @@ class GayBerne(AbstractTerm):
     R. Everaers and M. R. Ejtehadi, Phys. Rev. E 67, 041710 (2003).
     """
 
+    replays = True
+
     axes: Tensor
     exceptions: Tensor
     excluded: Tensor

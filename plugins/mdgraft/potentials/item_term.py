@@ -94,6 +94,8 @@ class ItemTerm(AbstractTerm):
     as the reference.
     """
 
+    replays = True
+
     particles: Tensor
     #: Names of the parameters and buffers that items have, in the formula's order.
     quantities: tuple[str, ...]

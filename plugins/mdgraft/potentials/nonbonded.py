@@ -149,6 +149,8 @@ class Nonbonded(AbstractTerm):
         Parameter offsets, or None.
     """
 
+    replays = True
+
     exceptions: Tensor
     global_defaults: Tensor
 

@@ -52,6 +52,8 @@ class GeneralizedBornOBC(AbstractTerm):
     M. Schaefer, C. Bartels and M. Karplus, J. Mol. Biol. 284, 835 (1998).
     """
 
+    replays = True
+
     excluded: Tensor
 
     def __init__(

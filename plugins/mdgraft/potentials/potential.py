@@ -13,9 +13,11 @@ from torch.autograd.forward_ad import unpack_dual
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
+from mdgraft.kernels.device.recording import recorder
+from mdgraft.kernels.device.replay import Replays, may_replay
 from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pieces import collecting
-from mdgraft.kernels.switch import under_transform
+from mdgraft.kernels.switch import on_device, under_transform
 from mdgraft.potentials._inputs import as_frames, check_frames
 from mdgraft.potentials.held import Held
 from mdgraft.potentials.term import AbstractTerm
@@ -87,6 +89,7 @@ class Potential(nn.Module):
         self._modules["tied"] = Ties()
         self._modules["sites"] = sites
         self.routes = dict(routes) if routes else dict.fromkeys(terms, "native")
+        self._replays = Replays()
         self.units = {
             f"{name}.{parameter}": unit
             for name, term in terms.items()
@@ -116,6 +119,11 @@ class Potential(nn.Module):
         InvalidInputError
             For a wrong shape, NaN, or a box that is missing, too small or not in reduced form.
         """
+        if on_device(self._like):
+            frames, cells, leading = as_frames(self, positions, box)
+            replayed = self._replayed(frames, cells, tuple(self.parameters()))
+            if replayed is not None:
+                return replayed.reshape(leading)
         energies = list(self.energy_by_term(positions, box).values())
         if energies:
             return torch.stack(energies).sum(dim=0)
@@ -135,7 +143,11 @@ class Potential(nn.Module):
         potential's own parameters.
         """
         frames, cells, leading = as_frames(self, positions, box)
-        check_frames(frames, cells, reduced=not self.general_cell)
+        recording = recorder(frames)
+        if recording is None:
+            check_frames(frames, cells, reduced=not self.general_cell)
+        else:
+            recording.require_checked(frames, cells)
         sites = self._modules["sites"]
         if sites is not None:
             frames = sites(frames, cells)
@@ -146,6 +158,7 @@ class Potential(nn.Module):
             if name.startswith("globals.")
         }
         energies = {}
+        implied = collecting() or recording is not None
         for name in self.term_names:
             term = self.term(name)
             own = {key: values[f"{name}.{key}"] for key in term.parameter_values()}
@@ -158,7 +171,7 @@ class Potential(nn.Module):
             else:
                 energy = term(frames, box_of_term, own, global_values)
             # What a term happens not to use has zero derivatives, not missing ones.
-            unused = () if collecting() else (*own.values(), *global_values.values())
+            unused = () if implied else (*own.values(), *global_values.values())
             for value in unused:
                 energy = energy + value.reshape(-1)[:0].sum()
             energies[name] = energy.reshape(leading)
@@ -188,15 +201,50 @@ class Potential(nn.Module):
             x = frames.view_as(frames) if keep and frames.requires_grad else frames.detach()
             if not x.requires_grad:
                 x.requires_grad_()
-            values = None if keep else self.values({})
-            energies = list(self.energy_by_term(x, cells, values=values).values())
-            if not energies:
+            total = self._total(x, cells, keep)
+            if total is None:
                 return torch.zeros_like(frames)
-            total = torch.stack(energies).sum()
             (gradient,) = torch.autograd.grad(
                 total, x, create_graph=keep, allow_unused=True, materialize_grads=True
             )
         return gradient
+
+    def _total(self, frames: Tensor, cells: Tensor | None, keep: bool) -> Tensor | None:
+        """Energy of all frames together, a constant of the parameters unless a graph is kept."""
+        if on_device(frames):
+            own = self.parameters()
+            parameters = tuple(p.view_as(p) if keep else p.detach() for p in own)
+            replayed = self._replayed(frames, cells, parameters)
+            if replayed is not None:
+                return replayed.sum()
+        values = None if keep else self.values({})
+        energies = list(self.energy_by_term(frames, cells, values=values).values())
+        return torch.stack(energies).sum() if energies else None
+
+    def _replayed(
+        self, frames: Tensor, cells: Tensor | None, parameters: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """The energy ``(1,)`` of a single frame by a recorded evaluation, if there is one."""
+        inputs = (frames, frames.new_zeros(0, 3, 3) if cells is None else cells, *parameters)
+        if not self.term_names or not may_replay(inputs):
+            return None
+        modules = list(self.modules())
+        if not all(m.replays for m in modules if isinstance(m, AbstractTerm)):
+            return None
+        names = [name for name, _ in self.named_parameters()]
+
+        def energy(tensors: Sequence[Tensor]) -> Tensor:
+            x, h, *own = tensors
+            values = self.values(dict(zip(names, own, strict=True)))
+            box = None if cells is None else h
+            return torch.stack(list(self.energy_by_term(x, box, values=values).values())).sum(dim=0)
+
+        def check(tensors: Sequence[Tensor]) -> None:
+            box = None if cells is None else tensors[1]
+            check_frames(tensors[0], box, reduced=not self.general_cell)
+
+        constants = tuple((b.data_ptr(), b._version) for b in self.buffers())
+        return self._replays.energy(energy, check, inputs, (tuple(names), constants))
 
     # Structure --------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ class AbstractTerm(nn.Module, abc.ABC):
     periodic: bool
     #: Whether any cell with a volume will do, rather than OpenMM's reduced form alone.
     general_cell: bool = False
+    #: Whether nothing but tensors decides what it computes, so that an evaluation on a GPU may be
+    #: recorded and replayed with other numbers.
+    replays: bool = False
     #: Names of other terms whose values this one gets as well, as ``<term>.<parameter>``.
     borrows: tuple[str, ...] = ()
 

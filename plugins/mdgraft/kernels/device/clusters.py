@@ -22,6 +22,9 @@ SIZE = 16
 _GROUP = 8
 #: Candidates that are looked at in one go; bounds memory.
 _MOST = 1 << 22
+#: What has another length in every list, and how much longer it may become in the same memory.
+_GROWING = ("images", "segments", "image", "columns", "offsets", "mask", "masks")
+_ROOM = 1.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,31 @@ class ClusterList:
     def n_clusters(self) -> int:
         """Clusters of a frame."""
         return self.order.shape[1] // SIZE
+
+    def roomy(self) -> ClusterList:
+        """A copy with room for more tiles at the end, which nobody reads."""
+        made = {}
+        for field in dataclasses.fields(self):
+            tensor: Tensor = getattr(self, field.name)
+            room = tensor.shape[0]
+            if field.name in _GROWING and (field.name != "images" or room > 1):
+                room = math.ceil(_ROOM * room)
+            made[field.name] = tensor.new_zeros(room, *tensor.shape[1:])
+            made[field.name][: len(tensor)] = tensor
+        return ClusterList(**made)
+
+    def refill(self, other: ClusterList) -> bool:
+        """Become another list in place; false, and unchanged, if there is no room."""
+        pairs = []
+        for field in dataclasses.fields(self):
+            mine, new = getattr(self, field.name), getattr(other, field.name)
+            fits = len(new) <= len(mine) if field.name in _GROWING else len(new) == len(mine)
+            if not fits or new.shape[1:] != mine.shape[1:]:
+                return False
+            pairs.append((mine, new))
+        for mine, new in pairs:
+            mine[: len(new)] = new
+        return True
 
 
 def cluster_list(

@@ -151,7 +151,10 @@ class DeviceItemKernel:
             found[n : n + len(particle)] = gathered[:, 3 if task.positions else 0 :].unbind(1)
         if task.shared:
             found[n + len(particle) :] = totals[:, first:].to(dtype).unbind(-1)
-        energies = positions.new_zeros(n_frames) if task.second else totals[:, 0].to(dtype)
+        # A copy, since torch wants tangents of the same layout.
+        energies = (
+            positions.new_zeros(n_frames) if task.second else totals[:, 0].to(dtype, copy=True)
+        )
         return energies, [f if on else None for f, on in zip(found, wanted, strict=True)]
 
     # What programs read -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -19,6 +20,7 @@ from mdgraft.kernels.device.numbers import (
     some_frames,
 )
 from mdgraft.kernels.device.pair_program import PairProgram, pair_program
+from mdgraft.kernels.device.recording import NotRecordableError, recorder
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.pair_kernel import SKIN
 from mdgraft.kernels.fused.tiles import PairFormula, Task
@@ -33,12 +35,39 @@ _ROWS = 1 << 16
 
 @dataclasses.dataclass
 class _Known:
-    """A list and the configurations it was made for."""
+    """A list, the configurations it was made for, and how to make another one.
+
+    Recordings read it, so that it can be brought up to date in place once it has room.
+    """
 
     clusters: ClusterList
     positions: Tensor
     box: Tensor | None
     skin: float
+    make: Callable[[Tensor, Tensor | None, float], ClusterList]
+    has_room: bool = False
+
+    def holds(self, positions: Tensor, box: Tensor | None) -> Tensor:
+        """Whether every pair within the cutoff is still in the list ``()``."""
+        change = positions - self.positions
+        # Not so for what is not a number.
+        near = (change * change).sum(dim=-1).amax() <= (0.5 * self.skin) ** 2
+        return near if box is None or self.box is None else near & (box == self.box).all()
+
+    def renew(self, positions: Tensor, box: Tensor | None) -> bool:
+        """Bring it up to date in place; false if there is no room."""
+        if not self.clusters.refill(self.make(positions, box, self.skin)):
+            return False
+        self.positions.copy_(positions)
+        if box is not None and self.box is not None:
+            self.box.copy_(box)
+        return True
+
+    def with_room(self) -> _Known:
+        """The same where there is room for longer lists."""
+        if self.has_room:
+            return self
+        return dataclasses.replace(self, clusters=self.clusters.roomy(), has_room=True)
 
 
 class DevicePairKernel:
@@ -269,26 +298,42 @@ class DevicePairKernel:
         here = positions.double()
         cell = None if box is None else box.double()
         known, moved = self._known, math.inf
+        recording = recorder(positions)
+        if recording is not None:
+            if known is None or not known.skin or not _alike(known, here, cell):
+                raise NotRecordableError("there is no list yet")
+            self._known = known = known.with_room()
+            recording.require(known.holds(here, cell))
+            recording.depend(known, here, cell)
+            return known.clusters
         # Where a list was made decides how sums are rounded.
         exact = torch.are_deterministic_algorithms_enabled()
         if known is not None and _alike(known, here, cell):
             moved = _moved(known, here, cell)
             if moved == known.skin == 0 or (2 * moved <= known.skin and not exact):
                 return known.clusters
-        if cell is not None:
-            cells = cell.cpu().numpy()
-            diagonals = cells.diagonal(axis1=1, axis2=2).min(axis=1)
-            require_room(cells[diagonals.argmin()], self.cutoff)
         # Without a cutoff, so far that places within clusters are still short numbers.
         skin = _FAR if math.isinf(self.cutoff) else 0.0
         # A skin pays if it lasts: not for frames that have little to do with each other.
         lasts = known is None or 6 * moved <= SKIN * self.cutoff
         if lasts and not (len(here) > 1 or exact or math.isinf(self.cutoff)):
             skin = SKIN * self.cutoff
-        exclusions = torch.as_tensor(self._exclusions, device=positions.device)
-        clusters = cluster_list(here, cell, self.cutoff + skin, exclusions, positions.dtype)
-        self._known = _Known(clusters, here.clone(), None if cell is None else cell.clone(), skin)
+        make = functools.partial(self._list, positions.dtype)
+        clusters = make(here, cell, skin)
+        box = None if cell is None else cell.clone()
+        self._known = _Known(clusters, here.clone(), box, skin, make)
         return clusters
+
+    def _list(
+        self, dtype: torch.dtype, positions: Tensor, box: Tensor | None, skin: float
+    ) -> ClusterList:
+        """A new list, with offsets of this type."""
+        if box is not None:
+            cells = box.cpu().numpy()
+            diagonals = cells.diagonal(axis1=1, axis2=2).min(axis=1)
+            require_room(cells[diagonals.argmin()], self.cutoff)
+        exclusions = torch.as_tensor(self._exclusions, device=positions.device)
+        return cluster_list(positions, box, self.cutoff + skin, exclusions, dtype)
 
 
 def _alike(known: _Known, positions: Tensor, box: Tensor | None) -> bool:

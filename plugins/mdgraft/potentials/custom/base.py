@@ -52,6 +52,8 @@ class AbstractCustomTerm(AbstractTerm):
         Whether the energy depends on the box.
     """
 
+    replays = True
+
     def __init__(
         self,
         parameters: Mapping[str, Tensor],

@@ -1,0 +1,230 @@
+"""Evaluations that are recorded once and replayed as one CUDA graph.
+
+An evaluation is several hundred operations, each of which takes longer to start than to run. What
+is replayed starts all of them at once, from the same places in memory. It has to notice by itself
+that it no longer holds: conditions, such as that neighbour lists are still good, are part of the
+recording, and their outcome is the only number that the host waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: ``(inputs) -> outputs``, on the device of the inputs and without waiting for it.
+Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class NotRecordableError(Exception):
+    """An evaluation cannot be recorded: it waits for the device, or not yet has its lists."""
+
+
+class Renewable(Protocol):
+    """What a recording reads beside its inputs, and can be brought up to date."""
+
+    def renew(self, positions: Tensor, box: Tensor | None) -> bool:
+        """Bring it up to date in place; false if there is no room."""
+
+
+class Recorder:
+    """What an evaluation that is being recorded depends on beside its inputs.
+
+    Parameters
+    ----------
+    stream
+        On which it runs; None on CPUs, for tests.
+    box
+        That was checked last.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None, box: Tensor) -> None:
+        self.stream = stream
+        self._checked = _Checked(box)
+        self.conditions: list[Tensor] = []
+        self.renewable: list[tuple[Renewable, Tensor, Tensor | None]] = []
+
+    def require(self, condition: Tensor) -> None:
+        """Replay only while this number ``()`` is true."""
+        self.conditions.append(condition.reshape(()))
+
+    def require_checked(self, positions: Tensor, box: Tensor | None) -> None:
+        """Replay only finite positions in the box that was checked last."""
+        self.require((0.0 * positions).sum() == 0)
+        if box is not None:
+            self.require((box == self._checked.box).all())
+            self.depend(self._checked, positions, box)
+
+    def depend(self, lists: Renewable, positions: Tensor, box: Tensor | None) -> None:
+        """Renew something by these tensors, which replaying fills, when a condition fails."""
+        if all(known is not lists for known, _, _ in self.renewable):
+            box = None if box is None else box.detach()
+            self.renewable.append((lists, positions.detach(), box))
+
+
+@dataclasses.dataclass
+class _Checked:
+    """The box of an evaluation that did not raise."""
+
+    box: Tensor
+
+    def renew(self, positions: Tensor, box: Tensor | None) -> bool:
+        """Take another one, which has been checked."""
+        if box is not None:
+            self.box.copy_(box)
+        return True
+
+
+#: One at a time in a process. Not a context variable: backward passes run in threads of their own.
+_ACTIVE: Recorder | None = None
+_LOCK = threading.Lock()
+
+
+def recorder(tensor: Tensor) -> Recorder | None:
+    """The recorder of the evaluation that a tensor belongs to, if that is being recorded."""
+    active = _ACTIVE
+    if active is None:
+        return None
+    if active.stream is None:
+        return active if tensor.device.type == "cpu" else None
+    same = tensor.is_cuda and torch.cuda.current_stream(tensor.device) == active.stream
+    return active if same else None
+
+
+@contextlib.contextmanager
+def _recorded_by(active: Recorder) -> Iterator[Recorder]:
+    global _ACTIVE
+    _ACTIVE = active
+    try:
+        yield active
+    finally:
+        _ACTIVE = None
+
+
+class Recording:
+    """A function whose operations are replayed.
+
+    Parameters
+    ----------
+    function
+        What to record. It has been called before, so that its programs are compiled.
+    inputs
+        Positions, box, and others, of the kinds of those it will be replayed for.
+
+    Raises
+    ------
+    NotRecordableError
+        If the function waits for the device.
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
+        self._inputs = [t.detach().clone() for t in inputs]
+        self._lock = threading.Lock()
+        box = self._inputs[1].clone()
+        with _LOCK:
+            if box.is_cuda:
+                self._record(function, box)
+            else:
+                self._emulate(function, box)
+
+    def __call__(
+        self, inputs: Sequence[Tensor], check: Callable[[], None]
+    ) -> tuple[Tensor, ...] | None:
+        """Outputs for other inputs, in memory of their own.
+
+        Parameters
+        ----------
+        inputs
+            As those that were recorded.
+        check
+            Called if a condition does not hold; raises if the inputs are at fault.
+
+        Returns
+        -------
+        tuple of Tensor or None
+            None if this recording cannot be used any more.
+        """
+        with self._lock, torch.no_grad():
+            torch._foreach_copy_(self._inputs, [t.detach() for t in inputs])
+            self._replay()
+            if not bool(self._valid):
+                check()
+                if not all([r.renew(x, h) for r, x, h in self._recorder.renewable]):
+                    return None
+                self._replay()
+                if not bool(self._valid):
+                    return None
+            flat = self._outputs.clone()
+        parts = flat.split([shape.numel() for shape in self._shapes])
+        return tuple(part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True))
+
+    def _run(self, function: Function, active: Recorder) -> tuple[Tensor, Tensor]:
+        """Outputs one after the other, and whether all conditions hold."""
+        found = function(self._inputs)
+        self._shapes = [t.shape for t in found]
+        outputs = torch.cat([t.detach().reshape(-1) for t in found])
+        if not active.conditions:
+            return outputs, torch.ones((), dtype=torch.bool, device=outputs.device)
+        return outputs, torch.stack(active.conditions).all()
+
+    def _record(self, function: Function, box: Tensor) -> None:
+        device = box.device
+        with torch.cuda.device(device):
+            stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            stream.wait_stream(current)
+            rehearsal, self._recorder = Recorder(stream, box), Recorder(stream, box)
+            with torch.cuda.stream(stream), _recorded_by(rehearsal), _without_waiting():
+                self._run(function, rehearsal)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(stream), _recorded_by(self._recorder):
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._outputs, self._valid = self._run(function, self._recorder)
+                except Exception as error:
+                    with contextlib.suppress(RuntimeError):
+                        self._graph.capture_end()
+                    raise NotRecordableError(str(error)) from error
+                self._graph.capture_end()
+            current.wait_stream(stream)
+        self._replay = self._graph.replay
+
+    def _emulate(self, function: Function, box: Tensor) -> None:
+        """Run the function again instead, into the same memory."""
+
+        def run() -> tuple[Tensor, Tensor]:
+            with _recorded_by(Recorder(None, box)) as self._recorder, torch.enable_grad():
+                return self._run(function, self._recorder)
+
+        def replay() -> None:
+            outputs, valid = run()
+            self._outputs.copy_(outputs)
+            self._valid.copy_(valid)
+
+        self._outputs, self._valid = run()
+        self._replay = replay
+
+
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """Raise where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotRecordableError(str(error)) from error
+    finally:
+        _set_mode(before)
+
+
+def _set_mode(mode: int | str) -> None:
+    # Torch warns that it does not notice everything; the recording itself does.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
