@@ -13,13 +13,13 @@ from mdgraft.potentials.nonbonded import Method
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 SYSTEMS = {
-    "bonded": ["bonds", "torsions"],
+    "bonded": ["bonds", "torsions", "external"],
     "GB": ["custom GB"],
     # Interpreting takes its time.
     "PME": ["PME, offsets", "angles"],
     "cutoff": ["cutoff", "bonds"],
     "open": ["open"],
-    "periodic": ["periodic, switched", "external"],
+    "periodic": ["periodic, switched", "angles"],
     "LJPME": ["LJPME", "RB torsions"],
     "custom": ["symmetric", "powers"],
     "implicit": ["OBC", "open"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,11 +44,28 @@ class Held:
             pinned=torch.tensor(fixed, dtype=torch.long),
         )
 
+    @property
+    def rows(self) -> Tensor:
+        """Everything as pairs ``(P + F, 2)``, with -1 for a point that stays where it is."""
+        still = torch.full_like(self.pinned, -1)
+        return torch.cat((self.pairs, torch.stack((self.pinned, still), dim=1)))
+
+    @property
+    def hinges(self) -> Tensor:
+        """The other ends of any two distances that share a particle, ``(H, 2)``.
+
+        Angles between constraints, on which their metric depends, stay if these distances do.
+        """
+        partners: dict[int, list[int]] = {}
+        for i, j in self.pairs.tolist():
+            partners.setdefault(i, []).append(j)
+            partners.setdefault(j, []).append(i)
+        ends = [pair for found in partners.values() for pair in itertools.combinations(found, 2)]
+        return torch.tensor(ends, dtype=torch.long).reshape(-1, 2)
+
     def shifted(self, particles: Tensor) -> Held:
         """The same of particles that have other indices, ``particles[i]`` for i."""
-        return dataclasses.replace(
-            self, pairs=particles[self.pairs], pinned=particles[self.pinned]
-        )
+        return dataclasses.replace(self, pairs=particles[self.pairs], pinned=particles[self.pinned])
 
     def errors(self, positions: Tensor) -> Tensor:
         """Relative errors of the distances ``(C, P)`` at positions ``(C, N, 3)`` [nm]."""

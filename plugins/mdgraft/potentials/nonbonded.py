@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._units import CHARGE, CHARGE_SQUARED, COULOMB, DIMENSIONLESS, ENERGY, NANOMETER
+from mdgraft.kernels.device.recording import side_by_side
 from mdgraft.kernels.ewald import ewald_reciprocal
 from mdgraft.kernels.mesh import mesh_coulomb, mesh_dispersion
 from mdgraft.kernels.periodic import volume
@@ -258,34 +259,53 @@ class Nonbonded(AbstractTerm):
         charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
         sums = self._sums()
         energy = 0.0 * positions.sum(dim=(-2, -1))
+        parts: list[Callable[[], Tensor]] = []
+        own: list[Tensor] = []
         if settings.include_direct:
             shared = [values[name] for name in self._shared if name in values]
-            energy = energy + sums.pairs.energy(positions, box, charge, sigma, epsilon, shared)
             own = [values[name] for name in _EXCEPTION]
-            energy = energy + sums.others.interactions(
-                positions, box, *self._offset("exception_offset", own, values, present)
-            )
+            own = self._offset("exception_offset", own, values, present)
+            parts += [
+                lambda: sums.pairs.energy(positions, box, charge, sigma, epsilon, shared),
+                lambda: sums.others.interactions(positions, box, *own),
+            ]
             if self._tail is not None:
-                assert box is not None
-                # Every offset counts here, at the declared defaults.
-                _, tail_sigma, tail_epsilon = self._offset(
-                    "particle_offset", particle, values, self.global_defaults, replaced=True
-                )
-                tail = self._tail(tail_sigma, tail_epsilon, values.get("switching_distance"))
-                energy = energy + tail / volume(box)
+                parts.append(lambda: self._correction(box, particle, values))
         else:
             # What only counts in direct space has zero derivatives, not missing ones.
             for value in values.values():
                 energy = energy + 0.0 * value.sum()
         if settings.method.ewald:
             assert box is not None
-            energy = energy + self._reciprocal(positions, box, charge, sigma, epsilon)
+            parts.append(lambda: self._reciprocal(positions, box, charge, sigma, epsilon))
             if settings.include_direct:
-                c6 = None
-                if settings.method is Method.LJPME:
-                    c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
-                energy = energy - sums.others.excluded(positions, box, charge, c6)
+                parts.append(lambda: -self._excluded(positions, box, charge, sigma, epsilon))
+        made = [t for t in (positions, box, charge, sigma, epsilon, present) if t is not None]
+        for part in side_by_side(positions, parts, [*made, *own, *values.values()]):
+            energy = energy + part
         return energy
+
+    def _correction(
+        self, box: Tensor | None, particle: list[Tensor], values: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The long-range correction."""
+        assert self._tail is not None
+        assert box is not None
+        # Every offset counts here, at the declared defaults.
+        _, sigma, epsilon = self._offset(
+            "particle_offset", particle, values, self.global_defaults, replaced=True
+        )
+        tail: Tensor = self._tail(sigma, epsilon, values.get("switching_distance"))
+        return tail / volume(box)
+
+    def _excluded(
+        self, positions: Tensor, box: Tensor, charge: Tensor, sigma: Tensor, epsilon: Tensor
+    ) -> Tensor:
+        """What the reciprocal sum holds of pairs that do not interact."""
+        c6 = None
+        if self.settings.method is Method.LJPME:
+            c6 = 2 * pair_forms.root_epsilon(epsilon) * sigma**3
+        return self._sums().others.excluded(positions, box, charge, c6)
 
     def _offset(
         self,

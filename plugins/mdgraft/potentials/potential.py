@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._types import BoxLike, PositionsLike
-from mdgraft.kernels.device.recording import recorder
-from mdgraft.kernels.device.replay import Replays, may_replay
+from mdgraft.kernels.device.recording import recorder, side_by_side
+from mdgraft.kernels.device.replay import Replays, Session, may_replay
 from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pieces import collecting
 from mdgraft.kernels.switch import on_device, under_transform
@@ -121,9 +123,9 @@ class Potential(nn.Module):
         """
         if on_device(self._like):
             frames, cells, leading = as_frames(self, positions, box)
-            replayed = self._replayed(frames, cells, tuple(self.parameters()))
-            if replayed is not None:
-                return replayed.reshape(leading)
+            session = self._session(frames, cells, lambda p: p)
+            if session is not None:
+                return session.energy().reshape(leading)
         energies = list(self.energy_by_term(positions, box).values())
         if energies:
             return torch.stack(energies).sum(dim=0)
@@ -157,9 +159,9 @@ class Potential(nn.Module):
             for name, value in values.items()
             if name.startswith("globals.")
         }
-        energies = {}
         implied = collecting() or recording is not None
-        for name in self.term_names:
+
+        def energy_of(name: str) -> Tensor:
             term = self.term(name)
             own = {key: values[f"{name}.{key}"] for key in term.parameter_values()}
             for other in term.borrows:
@@ -174,8 +176,11 @@ class Potential(nn.Module):
             unused = () if implied else (*own.values(), *global_values.values())
             for value in unused:
                 energy = energy + value.reshape(-1)[:0].sum()
-            energies[name] = energy.reshape(leading)
-        return energies
+            return energy.reshape(leading)
+
+        parts = [functools.partial(energy_of, name) for name in self.term_names]
+        made = [t for t in (frames, cells, *values.values()) if t is not None]
+        return dict(zip(self.term_names, side_by_side(frames, parts, made), strict=True))
 
     def forces(self, positions: PositionsLike, box: BoxLike = None) -> Tensor:
         """Forces ``(..., N, 3)`` [kJ/mol/nm], themselves differentiable; zero on virtual sites.
@@ -195,56 +200,64 @@ class Potential(nn.Module):
     def _gradient(self, frames: Tensor, cells: Tensor | None) -> Tensor:
         """What `torch.func.grad` finds, which takes three times as long."""
         inputs = (frames, cells, *self.parameters())
+        session: Session | None = None
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
         with torch.enable_grad():
             # The box may itself depend on the positions, but this is a partial derivative.
             x = frames.view_as(frames) if keep and frames.requires_grad else frames.detach()
             if not x.requires_grad:
                 x.requires_grad_()
-            total = self._total(x, cells, keep)
-            if total is None:
-                return torch.zeros_like(frames)
+            if on_device(x):
+                # Views are nodes that tell whether a backward pass is about parameters.
+                seen = (lambda p: p.view_as(p)) if keep else torch.Tensor.detach
+                session = self._session(x, cells, seen)
+                if session is not None and not keep:
+                    return session.first()[1]
+            if session is not None:
+                total = session.energy().sum()
+            else:
+                values = None if keep else self.values({})
+                energies = list(self.energy_by_term(x, cells, values=values).values())
+                if not energies:
+                    return torch.zeros_like(frames)
+                total = torch.stack(energies).sum()
             (gradient,) = torch.autograd.grad(
                 total, x, create_graph=keep, allow_unused=True, materialize_grads=True
             )
         return gradient
 
-    def _total(self, frames: Tensor, cells: Tensor | None, keep: bool) -> Tensor | None:
-        """Energy of all frames together, a constant of the parameters unless a graph is kept."""
-        if on_device(frames):
-            own = self.parameters()
-            parameters = tuple(p.view_as(p) if keep else p.detach() for p in own)
-            replayed = self._replayed(frames, cells, parameters)
-            if replayed is not None:
-                return replayed.sum()
-        values = None if keep else self.values({})
-        energies = list(self.energy_by_term(frames, cells, values=values).values())
-        return torch.stack(energies).sum() if energies else None
+    def _session(
+        self, frames: Tensor, cells: Tensor | None, seen: Callable[[Tensor], Tensor]
+    ) -> Session | None:
+        """A recorded evaluation of a single frame, if there is one.
 
-    def _replayed(
-        self, frames: Tensor, cells: Tensor | None, parameters: tuple[Tensor, ...]
-    ) -> Tensor | None:
-        """The energy ``(1,)`` of a single frame by a recorded evaluation, if there is one."""
-        inputs = (frames, frames.new_zeros(0, 3, 3) if cells is None else cells, *parameters)
-        if not self.term_names or not may_replay(inputs):
+        Parameters are taken as ``seen`` returns them.
+        """
+        if not self.term_names or not may_replay(frames):
             return None
-        modules = list(self.modules())
-        if not all(m.replays for m in modules if isinstance(m, AbstractTerm)):
+        parts = _parts(self)
+        if any(getattr(type(part), "replays", None) is False for part in parts):
             return None
-        names = [name for name, _ in self.named_parameters()]
+        own = {id(p): p for m in parts for p in m._parameters.values() if p is not None}
+        box = frames.new_empty(0, 3, 3) if cells is None else cells
+        inputs = (frames, box, *map(seen, own.values()))
+        buffers = [b for m in parts for b in m._buffers.values() if b is not None]
 
         def energy(tensors: Sequence[Tensor]) -> Tensor:
-            x, h, *own = tensors
-            values = self.values(dict(zip(names, own, strict=True)))
-            box = None if cells is None else h
-            return torch.stack(list(self.energy_by_term(x, box, values=values).values())).sum(dim=0)
+            x, h, *parameters = tensors
+            names = [name for name, _ in self.named_parameters()]
+            values = self.values(dict(zip(names, parameters, strict=True)))
+            by_term = self.energy_by_term(x, None if cells is None else h, values=values)
+            return torch.stack(list(by_term.values())).sum(dim=0)
 
         def check(tensors: Sequence[Tensor]) -> None:
             box = None if cells is None else tensors[1]
             check_frames(tensors[0], box, reduced=not self.general_cell)
 
-        constants = tuple((b.data_ptr(), b._version) for b in self.buffers())
-        return self._replays.energy(energy, check, inputs, (tuple(names), constants))
+        needed = [torch.is_grad_enabled() and t.requires_grad for t in inputs]
+        constants = tuple((b.data_ptr(), b._version) for b in buffers)
+        key = tuple(map(id, parts)), constants
+        return self._replays.session(energy, check, inputs, needed, key)
 
     # Structure --------------------------------------------------------------------------------
 
@@ -285,7 +298,7 @@ class Potential(nn.Module):
 
     @property
     def _like(self) -> Tensor:
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point():
                 return tensor
         return torch.empty(0, dtype=torch.float64)
@@ -461,6 +474,18 @@ class Potential(nn.Module):
         ties.add(label, initial, resolved)
         self.units[f"tied.{label}"] = unit or ""
         return self
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """What `torch.nn.Module.modules` finds, several times faster."""
+    found: dict[int, nn.Module] = {}
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            waiting.extend(m for m in reversed(part._modules.values()) if m is not None)
+    return list(found.values())
 
 
 def is_reserved(name: str) -> bool:

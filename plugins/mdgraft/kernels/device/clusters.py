@@ -270,7 +270,7 @@ def _near(low: Tensor, high: Tensor, moves: Tensor, reach: float) -> tuple[Tenso
         some = slice(start, start + frames_at_once)
         move = moves[some, first_image : first_image + images_at_once, None, None]
         candidates = (_gap(lowest[some], highest[some], move) < reach**2).nonzero()
-        for part in candidates.split(_MOST // group**2):
+        for part in torch.split(candidates, _MOST // group**2):
             frame, image, i, j = (index[:, None, None] for index in part.unbind(-1))
             row = (i * group + inner[:, None]).expand(-1, group, group)
             column = (j * group + inner).expand(-1, group, group)

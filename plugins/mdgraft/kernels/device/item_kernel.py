@@ -198,4 +198,4 @@ class DeviceItemKernel:
 
 def _rows(tensors: Sequence[Tensor], like: Tensor, dim: int = 0) -> Tensor:
     """Stacked; a number that nobody reads if there are none."""
-    return torch.stack(list(tensors), dim=dim) if tensors else like.new_zeros(1)
+    return torch.stack(list(tensors), dim=dim) if tensors else like.new_empty(1)

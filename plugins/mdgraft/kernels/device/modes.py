@@ -97,5 +97,6 @@ def _dispersion(t: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def squares(waves: Tensor, weights: Tensor) -> Tensor:
     """Sums over modes and mirrors of weights ``(2, F, M)`` times m m^T, ``(F, 3, 3)``."""
-    result: Tensor = (waves.transpose(1, 2)[:, None] * weights[:, :, None]) @ waves[:, None]
-    return result.sum(dim=0)
+    # Libraries for matrices take a hundred times as long for results of three rows.
+    pairs = waves[:, None, :, :, None] * waves[:, None, :, None, :]
+    return (weights[..., None, None] * pairs).sum(dim=(0, 2))

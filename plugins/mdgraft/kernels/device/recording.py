@@ -12,8 +12,8 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,13 +39,14 @@ class Recorder:
     Parameters
     ----------
     stream
-        On which it runs; None on CPUs, for tests.
+        On which it begins and ends; None on CPUs, for tests.
     box
         That was checked last.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None, box: Tensor) -> None:
-        self.stream = stream
+        #: All that it runs on.
+        self.streams = None if stream is None else {stream.cuda_stream}
         self._checked = _Checked(box)
         self.conditions: list[Tensor] = []
         self.renewable: list[tuple[Renewable, Tensor, Tensor | None]] = []
@@ -91,10 +92,58 @@ def recorder(tensor: Tensor) -> Recorder | None:
     active = _ACTIVE
     if active is None:
         return None
-    if active.stream is None:
+    if active.streams is None:
         return active if tensor.device.type == "cpu" else None
-    same = tensor.is_cuda and torch.cuda.current_stream(tensor.device) == active.stream
-    return active if same else None
+    if not tensor.is_cuda:
+        return None
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return active if stream in active.streams else None
+
+
+def side_by_side(
+    like: Tensor, parts: Sequence[Callable[[], Tensor]], inputs: Iterable[Tensor]
+) -> list[Tensor]:
+    """Results of functions that do not need each other.
+
+    While an evaluation on a GPU is recorded they are on streams of their own: most operations are
+    much smaller than the device.
+
+    Parameters
+    ----------
+    like
+        A tensor of the evaluation.
+    parts
+        Each returns a tensor.
+    inputs
+        What they read of what was made before them.
+    """
+    active = recorder(like)
+    if active is None or active.streams is None:
+        return [part() for part in parts]
+    main, sides = torch.cuda.current_stream(like.device), []
+    read = [t for t in inputs if t.is_cuda]
+    results = []
+    for part in parts[1:]:
+        side = _stream(like.device)
+        active.streams.add(side.cuda_stream)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            results.append(part())
+        sides.append(side)
+        for tensor in read:
+            # Its memory must not be used again before this stream has read it.
+            tensor.record_stream(side)
+    first = parts[0]() if parts else None
+    for side, result in zip(sides, results, strict=True):
+        main.wait_stream(side)
+        result.record_stream(main)
+    return results if first is None else [first, *results]
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    make: Any = torch.cuda.Stream
+    stream: torch.cuda.Stream = make(device)
+    return stream
 
 
 @contextlib.contextmanager
@@ -161,7 +210,7 @@ class Recording:
                 if not bool(self._valid):
                     return None
             flat = self._outputs.clone()
-        parts = flat.split([shape.numel() for shape in self._shapes])
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes])
         return tuple(part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True))
 
     def _run(self, function: Function, active: Recorder) -> tuple[Tensor, Tensor]:
@@ -176,7 +225,7 @@ class Recording:
     def _record(self, function: Function, box: Tensor) -> None:
         device = box.device
         with torch.cuda.device(device):
-            stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            stream, current = _stream(device), torch.cuda.current_stream(device)
             stream.wait_stream(current)
             rehearsal, self._recorder = Recorder(stream, box), Recorder(stream, box)
             with torch.cuda.stream(stream), _recorded_by(rehearsal), _without_waiting():

@@ -25,20 +25,17 @@ _BEFORE = 2
 _MOST = 6
 
 
-def may_replay(inputs: Sequence[Tensor]) -> bool:
-    """Whether an evaluation of positions, box and parameters may be a recorded one at all."""
-    positions = inputs[0]
+def may_replay(positions: Tensor) -> bool:
+    """Whether an evaluation of positions ``(F, N, 3)`` may be a recorded one at all."""
     return (
         on_device(positions)
         and positions.shape[0] == 1
-        and len({(t.dtype, t.device) for t in inputs}) == 1
         and compiled_kernels(positions)
         and recorder(positions) is None
         and not collecting()
         and not under_transform()
         and not torch.is_inference_mode_enabled()
         and not torch.are_deterministic_algorithms_enabled()
-        and not _has_tangents(inputs)
         and not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
@@ -66,14 +63,15 @@ class Replays:
     def __reduce__(self) -> tuple[Any, ...]:
         return Replays, ()
 
-    def energy(
+    def session(
         self,
         energy: Energy,
         check: Callable[[Sequence[Tensor]], None],
         inputs: Sequence[Tensor],
+        needed: Sequence[bool],
         key: Hashable,
-    ) -> Tensor | None:
-        """The energy ``(1,)``, differentiable; None if this evaluation is not (yet) recorded.
+    ) -> Session | None:
+        """An evaluation by recordings; None if it is not (yet) one.
 
         Parameters
         ----------
@@ -82,17 +80,18 @@ class Replays:
         check
             Raises if the inputs are at fault.
         inputs
-            Positions, box and parameters, as `may_replay` allows them.
+            Positions, box and parameters; `may_replay` has been asked.
+        needed
+            Inputs whose slopes are needed.
         key
             Whatever else the energy depends on.
         """
-        needed = tuple(torch.is_grad_enabled() and t.requires_grad for t in inputs)
-        session = _Session(self, energy, check, (key, _kinds(inputs)))
-        if session.first_recording(needed, inputs) is None:
+        kinds = {(t.dtype, t.device) for t in inputs}
+        if len(kinds) != 1 or _has_tangents(inputs):
             return None
-        apply: Any = _Energy.apply
-        result: Tensor = apply(session, needed, *inputs)
-        return result
+        whole = key, kinds.pop(), tuple(t.shape for t in inputs)
+        session = Session(self, energy, check, inputs, tuple(needed), whole)
+        return None if session.first_recording() is None else session
 
     def recording(
         self, key: Hashable, function: Function, inputs: Sequence[Tensor]
@@ -127,63 +126,60 @@ class Replays:
         self._seen[key] = 0
 
 
-def _kinds(inputs: Sequence[Tensor]) -> Hashable:
-    return tuple((t.shape, t.dtype, t.device) for t in inputs)
-
-
-class _Session:
-    """One evaluation: the functions that are recorded, and the inputs' check."""
+class Session:
+    """One evaluation: the functions that are recorded, and the inputs with their check."""
 
     def __init__(
         self,
         replays: Replays,
         energy: Energy,
         check: Callable[[Sequence[Tensor]], None],
+        inputs: Sequence[Tensor],
+        needed: tuple[bool, ...],
         key: Hashable,
     ) -> None:
-        self._replays, self.energy, self._check, self._key = replays, energy, check, key
+        self._replays, self.function, self._check = replays, energy, check
+        self._inputs, self.needed, self._key = inputs, needed, (key, needed)
+
+    def energy(self) -> Tensor:
+        """The energy ``(1,)``, differentiable in the inputs that need it."""
+        apply: Any = _Energy.apply
+        result: Tensor = apply(self, *self._inputs)
+        return result
 
     # Energy and slopes ------------------------------------------------------------------------
 
-    def first_recording(
-        self, needed: tuple[bool, ...], inputs: Sequence[Tensor]
-    ) -> Recording | None:
-        """The recording of the energy and its slopes in the inputs that need them."""
-        key = self._key, needed
-        return self._replays.recording(key, lambda t: self._first(t, needed), inputs)
+    def first_recording(self) -> Recording | None:
+        """The recording of the energy and its slopes."""
+        return self._replays.recording(self._key, self._first, self._inputs)
 
-    def first(self, needed: tuple[bool, ...], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The energy, then its slopes."""
-        recording = self.first_recording(needed, inputs)
+    def first(self) -> tuple[Tensor, ...]:
+        """The energy, then its slopes in the inputs that need them."""
+        recording = self.first_recording()
         if recording is not None:
-            found = recording(inputs, lambda: self._check(inputs))
+            found = recording(self._inputs, lambda: self._check(self._inputs))
             if found is not None:
                 return found
-            self._replays.forget((self._key, needed))
-        with torch.enable_grad():
-            return tuple(t.detach() for t in self._first(inputs, needed))
+            self._replays.forget(self._key)
+        return tuple(t.detach() for t in self._first(self._inputs))
 
-    def _first(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        leaves = _leaves(inputs, needed)
+    def _first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        leaves = _leaves(inputs, self.needed)
         with torch.enable_grad():
-            energy = self.energy(leaves)
-            return [energy, *_slopes(energy, _chosen(leaves, needed))]
+            energy = self.function(leaves)
+            return [energy, *_slopes(energy, _chosen(leaves, self.needed))]
 
     # Second derivatives -----------------------------------------------------------------------
 
     def second(
-        self,
-        needed: tuple[bool, ...],
-        wanted: tuple[bool, ...],
-        inputs: Sequence[Tensor],
-        directions: Sequence[Tensor],
+        self, wanted: tuple[bool, ...], inputs: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Derivatives in what is wanted of the slopes in what is needed, along directions."""
-        key = self._key, needed, wanted
+        """Derivatives in what is wanted of all slopes along directions."""
+        key = self._key, wanted
         n = len(inputs)
 
         def products(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return self.products(needed, wanted, _leaves(tensors[:n], needed), tensors[n:])
+            return self.products(wanted, _leaves(tensors[:n], self.needed), tensors[n:])
 
         every = [*inputs, *directions]
         recording = self._replays.recording(key, products, every)
@@ -196,7 +192,6 @@ class _Session:
 
     def products(
         self,
-        needed: Sequence[bool],
         wanted: Sequence[bool],
         leaves: Sequence[Tensor],
         directions: Sequence[Tensor],
@@ -205,7 +200,7 @@ class _Session:
     ) -> list[Tensor]:
         """The same by torch."""
         with torch.enable_grad():
-            slopes = _slopes(self.energy(leaves), _chosen(leaves, needed), graph=True)
+            slopes = _slopes(self.function(leaves), _chosen(leaves, self.needed), graph=True)
             live = [(s, d) for s, d in zip(slopes, directions, strict=True) if s.requires_grad]
             chosen = _chosen(leaves, wanted)
             if not live:
@@ -253,42 +248,42 @@ def _spread(values: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | No
 
 
 class _Energy(torch.autograd.Function):
-    """``(session, needed, *inputs) -> (1,)``."""
+    """``(session, *inputs) -> (1,)``."""
 
     @staticmethod
-    def forward(ctx: Any, session: _Session, needed: tuple[bool, ...], *inputs: Tensor) -> Tensor:
-        energy, *slopes = session.first(needed, inputs)
-        ctx.session, ctx.needed, ctx.slopes = session, needed, slopes
+    def forward(ctx: Any, session: Session, *inputs: Tensor) -> Tensor:
+        energy, *slopes = session.first()
+        ctx.session, ctx.slopes = session, slopes
         ctx.save_for_backward(*inputs)
         return energy
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (weight,) = grad_outputs
-        asked = _needed(ctx, ctx.needed)
+        needed = ctx.session.needed
+        asked = _needed(ctx, needed)
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
             apply: Any = _Slopes.apply
-            found = apply(ctx.session, ctx.needed, tuple(ctx.slopes), weight, *inputs)
+            found = apply(ctx.session, tuple(ctx.slopes), weight, *inputs)
         else:
             found = torch._foreach_mul(ctx.slopes, weight.reshape(())) if ctx.slopes else []
-        every = _spread(found, ctx.needed)
-        return (None, None, *(t if on else None for t, on in zip(every, asked, strict=True)))
+        every = _spread(found, needed)
+        return (None, *(t if on else None for t, on in zip(every, asked, strict=True)))
 
 
 class _Slopes(torch.autograd.Function):
-    """``(session, needed, slopes, weight, *inputs)``: slopes times a weight ``(1,)``."""
+    """``(session, slopes, weight, *inputs)``: slopes times a weight ``(1,)``."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        session: _Session,
-        needed: tuple[bool, ...],
+        session: Session,
         slopes: tuple[Tensor, ...],
         weight: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.session, ctx.needed, ctx.slopes = session, needed, slopes
+        ctx.session, ctx.slopes = session, slopes
         ctx.save_for_backward(weight, *inputs)
         ctx.set_materialize_grads(True)
         return tuple(torch._foreach_mul(list(slopes), weight.reshape(())))
@@ -296,25 +291,27 @@ class _Slopes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        flags = _needed(ctx, ctx.needs_input_grad[3:])
-        asked = tuple(a and b for a, b in zip(flags[1:], ctx.needed, strict=True))
+        flags = _needed(ctx, ctx.needs_input_grad[2:])
+        asked = tuple(a and b for a, b in zip(flags[1:], ctx.session.needed, strict=True))
         session, directions = ctx.session, [g.contiguous() for g in grad_outputs]
         change: Tensor | None = None
         if torch.is_grad_enabled():
             # A third derivative is on its way: by torch operations from here on.
-            products = session.products(ctx.needed, asked, inputs, directions, graph=True)
+            products = session.products(asked, inputs, directions, graph=True)
             found = [p * weight.reshape(()) for p in products]
             if flags[0]:
-                slopes = _slopes(session.energy(inputs), _chosen(inputs, ctx.needed), graph=True)
+                slopes = _slopes(
+                    session.function(inputs), _chosen(inputs, session.needed), graph=True
+                )
                 change = _dot(slopes, directions)
         else:
-            products = session.second(ctx.needed, asked, inputs, directions)
-            found = torch._foreach_mul(list(products), weight.reshape(())) if products else []
+            products = session.second(asked, inputs, directions)
+            found = list(torch._foreach_mul(list(products), weight.reshape(()))) if products else []
             if flags[0]:
                 change = _dot(ctx.slopes, directions)
         if change is not None:
             change = change.reshape(weight.shape)
-        return (None, None, None, change, *_spread(found, asked))
+        return (None, None, change, *_spread(found, asked))
 
 
 def _dot(slopes: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:

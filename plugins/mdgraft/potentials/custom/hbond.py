@@ -78,7 +78,7 @@ class CustomHbond(AbstractCustomTerm):
         self.register_buffer("acceptors", acceptors)
         # One list of sites, donors first, serves the neighbour search.
         n_sites = donors.shape[0] + acceptors.shape[0]
-        shifted = exclusions + torch.tensor([0, donors.shape[0]])
+        shifted = exclusions + exclusions.new_tensor([0, donors.shape[0]])
         self.register_buffer("excluded", exclusion_keys(shifted, n_sites), persistent=False)
         self.energy = Expression(
             energy,
