@@ -39,6 +39,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 INTEGERS = dict(rows="*i32", segments="*i64", image="*i32", columns="*i32", mask="*i32")
 INTEGERS |= dict(masks="*i32", particles="*i32", starts="*i64", entries="*i64", meshes="*i64")
 DOUBLES = {"images", "sums", "reciprocals", "turns", "scales"}
+DOUBLES |= {"waves", "shares", "pairs", "factors", "decay"}
 
 
 def compiled(function, double, warps, arch, constants=None, turns=True):
@@ -109,10 +110,10 @@ for double, second in itertools.product((False, True), repeat=2):
         continue
     text = item_program.gathering(5, double)
     show(f"gathered {name}", compiled(programs.program("gathered", text), double, 2, arch))
-    for label in ("spread", "gather", "spread_tangent", "gather_tangent"):
-        function = getattr(mesh_programs, label)
-        constants = {"SIZE": mesh_programs.BLOCK}
-        warps = 8 if double else 4
+    for label in ("spread", "gather", "spread_tangent", "gather_tangent", "modulate"):
+        function, modes = getattr(mesh_programs, label), label == "modulate"
+        constants = {"SIZE": mesh_programs.MODES if modes else mesh_programs.BLOCK}
+        warps = 8 if double and not modes else 4
         show(f"{label} {name}", compiled(function, double, warps, arch, constants, turns=False))
 """
 
@@ -130,7 +131,7 @@ def test_programs_compile_and_fit_into_registers(architecture, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     usage = dict(line.split("\t", 1) for line in done.stdout.splitlines())
-    assert len(usage) == 32
+    assert len(usage) == 34
     for label in ("ewald single first", "ewald single second", "torsions single first"):
         registers, stack = usage[label].split("\t")
         # What spills has taken all 255 registers. Some versions of Triton reduce huge angles in an

@@ -60,6 +60,8 @@ def _recordable(tensor: Tensor) -> Tensor:
 
 
 def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    if type(value) is Tensor and value.dtype == like.dtype and value.device == like.device:
+        return value
     try:
         numbers = plain(value, NANOMETER)
         if isinstance(numbers, list | tuple):

@@ -212,7 +212,7 @@ class Potential(nn.Module):
                 seen = (lambda p: p.view_as(p)) if keep else torch.Tensor.detach
                 session = self._session(x, cells, seen)
                 if session is not None and not keep:
-                    return session.first()[1]
+                    return list(session.first().views())[1]
             if session is not None:
                 total = session.energy().sum()
             else:

@@ -120,23 +120,21 @@ class DeviceMeshKernel:
         """Energies and their derivatives, which are zero if nothing is wanted."""
         positions, box, strengths = inputs
         n_frames, n_particles = positions.shape[:2]
-        modes, known = self._of(box)
+        cell = box.double()
+        r, volumes = reciprocal(cell).contiguous(), volume(cell)
         charges = strengths.expand(n_frames, n_particles).contiguous()
-        spectra = self._spectra("spread", positions, [known.reciprocals], [charges])
-        power = modes.pairs * _power(spectra)
-        energies = 0.5 * (known.total * power).sum(dim=-1)
+        spectra = self._spectra("spread", positions, [r], [charges])
+        energies, virials, changed = self._modulated(spectra, r, volumes)
         if not any(wanted):
             zero = torch.zeros_like(positions), torch.zeros_like(box), torch.zeros_like(charges)
             return energies, *zero
-        phi = self._potentials(known.total.to(positions.dtype) * spectra)
-        out = self._gathered("gather", 4, positions, [known.reciprocals], [phi])
+        out = self._gathered("gather", 4, positions, [r], [self._potentials(changed)])
         values, g = out[..., 0], charges.double().unsqueeze(-1) * out[..., 1:]
-        r = known.reciprocals
         rt = r.transpose(1, 2)
         # Everything depends on the box through R and V: dR = -R dB R, dV = V tr(R dB).
         turned = outer_sum(positions.double(), g)
         if wanted[1]:
-            turned = turned + r @ on_modes.squares(modes.waves, known.by_mirror[1] * power)
+            turned = turned + r @ virials
         boxes = -rt @ turned @ rt - energies[:, None, None] * rt
         return energies, g @ rt, boxes, values
 
@@ -183,11 +181,43 @@ class DeviceMeshKernel:
         )
         return g @ drt + dg @ rt, boxes, values
 
+    def _modulated(
+        self, spectra: Tensor, reciprocals: Tensor, volumes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Energies, their derivatives in |R m|^2 times m m^T, spectra times the influence."""
+        modes = self._modes_on(spectra.device)
+        if self._kind == Interaction.COULOMB:
+            from mdgraft.kernels.device import mesh_programs as of_mesh
+
+            (n_frames, n), size = spectra.shape, of_mesh.MODES
+            blocks = -(-n // size)
+            factors = on_modes.COULOMB_FACTOR / volumes
+            decay = volumes.new_full((1,), (math.pi / self._alpha) ** 2)
+            out = torch.empty_like(spectra)
+            sums = volumes.new_empty(n_frames, 2 * blocks, of_mesh.SUMS)
+            arrays = [torch.view_as_real(spectra), modes.waves, modes.shares, modes.pairs]
+            arrays += [reciprocals, factors, decay, torch.view_as_real(out), sums]
+            grid = (n_frames * blocks,)
+            programs.start(of_mesh.modulate, grid, *arrays, n, blocks, size, warps=_WARPS)
+            total = sums.sum(dim=1)
+            xx, yy, zz, xy, xz, yz = total[:, 1:].unbind(-1)
+            virials = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], dim=-1).reshape(-1, 3, 3)
+            return total[:, 0], virials, out
+        mirrors = on_modes.influence(self._kind, self._alpha, modes, reciprocals, volumes)
+        power, influence = modes.pairs * _power(spectra), mirrors[0].sum(dim=0)
+        virials = on_modes.squares(modes.waves, mirrors[1] * power)
+        energies = 0.5 * (influence * power).sum(dim=-1)
+        return energies, virials, influence.to(spectra.real.dtype) * spectra
+
+    def _modes_on(self, device: torch.device) -> Modes:
+        modes = self._modes.get(device)
+        if modes is None:
+            modes = self._modes[device] = on_modes.modes_of(self._grid, device)
+        return modes
+
     def _of(self, box: Tensor) -> tuple[Modes, _Influence]:
         """Modes, and the influence on them."""
-        modes = self._modes.get(box.device)
-        if modes is None:
-            modes = self._modes[box.device] = on_modes.modes_of(self._grid, box.device)
+        modes = self._modes_on(box.device)
         cell = box.double()
         r, v = reciprocal(cell).contiguous(), volume(cell)
         mirrors = on_modes.influence(self._kind, self._alpha, modes, r, v)

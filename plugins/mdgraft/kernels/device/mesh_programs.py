@@ -15,6 +15,10 @@ import triton.language as tl
 
 #: Particles of a program.
 BLOCK = 4
+#: Modes of a program.
+MODES = 256
+#: Sums that `modulate` finds: the energy, and virials xx, yy, zz, xy, xz, yz.
+SUMS = 7
 
 
 @triton.jit
@@ -100,6 +104,59 @@ def _point(cx, cy, cz, jx, jy, jz, nx, ny, nz):
 def _fixed(x, scale):
     """An integer, since sums of integers do not depend on their order."""
     return tl.floor(x.to(tl.float64) * scale + 0.5).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["n", "n_blocks"])
+def modulate(
+    spectra,
+    waves,
+    shares,
+    pairs,
+    reciprocals,
+    factors,
+    decay,
+    out,
+    sums,
+    n,
+    n_blocks,
+    SIZE: tl.constexpr,
+):
+    """Spectra times the Coulomb influence of `modes.influence`, and sums by block of modes."""
+    program = tl.program_id(0).to(tl.int64)
+    frame, block = program // n_blocks, program % n_blocks
+    k = block * SIZE + tl.arange(0, SIZE)
+    valid = k < n
+    place = 2 * (frame * n + k)
+    re = tl.load(spectra + place, mask=valid, other=0)
+    im = tl.load(spectra + place + 1, mask=valid, other=0)
+    a, b = re.to(tl.float64), im.to(tl.float64)
+    power = tl.load(pairs + k, mask=valid, other=0) * (a * a + b * b)
+    factor, rate = tl.load(factors + frame), tl.load(decay)
+    r = reciprocals + frame * 9
+    total = tl.zeros([SIZE], tl.float64)
+    for mirror in tl.static_range(2):
+        x, y, z = _vector(waves + 3 * (mirror * n + k), valid)
+        # Rows of R times a vector of waves.
+        u = x * tl.load(r) + y * tl.load(r + 1) + z * tl.load(r + 2)
+        v = x * tl.load(r + 3) + y * tl.load(r + 4) + z * tl.load(r + 5)
+        w = x * tl.load(r + 6) + y * tl.load(r + 7) + z * tl.load(r + 8)
+        t = u * u + v * v + w * w
+        inverse = 1 / tl.where(t == 0, 1.0, t)
+        share = factor * tl.load(shares + mirror * n + k, mask=valid, other=0)
+        value = tl.where(t == 0, 0.0, share * tl.exp(-rate * t) * inverse)
+        total += value
+        slope = -value * (rate + inverse) * power
+        start = sums + (program * 2 + mirror) * 7
+        tl.store(start, tl.sum(0.5 * value * power))
+        tl.store(start + 1, tl.sum(slope * x * x))
+        tl.store(start + 2, tl.sum(slope * y * y))
+        tl.store(start + 3, tl.sum(slope * z * z))
+        tl.store(start + 4, tl.sum(slope * x * y))
+        tl.store(start + 5, tl.sum(slope * x * z))
+        tl.store(start + 6, tl.sum(slope * y * z))
+    weight = total.to(re.dtype)
+    tl.store(out + place, weight * re, mask=valid)
+    tl.store(out + place + 1, weight * im, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n", "nx", "ny", "nz", "n_blocks"])

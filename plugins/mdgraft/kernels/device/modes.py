@@ -17,6 +17,9 @@ from mdgraft._units import COULOMB
 from mdgraft.kernels.fused.influence import Interaction
 from mdgraft.kernels.pme import moduli
 
+#: [kJ/mol nm].
+COULOMB_FACTOR = COULOMB / math.pi
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Modes:
@@ -64,7 +67,7 @@ def influence(
     kind: Interaction, alpha: float, modes: Modes, reciprocals: Tensor, volumes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The influence and its first two derivatives in t = |R m|^2, by mirrors ``(2, F, M)``."""
-    factor = COULOMB / math.pi if kind == Interaction.COULOMB else -(math.pi**1.5) / 3
+    factor = COULOMB_FACTOR if kind == Interaction.COULOMB else -(math.pi**1.5) / 3
     vectors = modes.waves[:, None] @ reciprocals.transpose(1, 2)
     t = (vectors * vectors).sum(dim=-1)
     scale = modes.shares[:, None] * (factor / volumes)[:, None]

@@ -156,6 +156,29 @@ def _recorded_by(active: Recorder) -> Iterator[Recorder]:
         _ACTIVE = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Tensors of any shapes, one after the other in memory."""
+
+    flat: Tensor
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Outputs:
+        """Copies of tensors."""
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        return cls(flat, tuple(t.shape for t in tensors))
+
+    def times(self, weight: Tensor) -> list[Tensor]:
+        """Each of them times a number ``(1,)``."""
+        return list(Outputs(self.flat * weight, self.shapes).views())
+
+    def views(self) -> Iterator[Tensor]:
+        """Each of them."""
+        parts = torch.split(self.flat, [shape.numel() for shape in self.shapes])
+        return (p.reshape(shape) for p, shape in zip(parts, self.shapes, strict=True))
+
+
 class Recording:
     """A function whose operations are replayed.
 
@@ -182,10 +205,8 @@ class Recording:
             else:
                 self._emulate(function, box)
 
-    def __call__(
-        self, inputs: Sequence[Tensor], check: Callable[[], None]
-    ) -> tuple[Tensor, ...] | None:
-        """Outputs for other inputs, in memory of their own.
+    def __call__(self, inputs: Sequence[Tensor], check: Callable[[], None]) -> Outputs | None:
+        """Outputs for other inputs.
 
         Parameters
         ----------
@@ -196,12 +217,14 @@ class Recording:
 
         Returns
         -------
-        tuple of Tensor or None
+        Outputs or None
             None if this recording cannot be used any more.
         """
         with self._lock, torch.no_grad():
             torch._foreach_copy_(self._inputs, [t.detach() for t in inputs])
             self._replay()
+            # The host has this done while the device is still at work.
+            found = Outputs(self._outputs.clone(), self._shapes)
             if not bool(self._valid):
                 check()
                 if not all([r.renew(x, h) for r, x, h in self._recorder.renewable]):
@@ -209,15 +232,13 @@ class Recording:
                 self._replay()
                 if not bool(self._valid):
                     return None
-            flat = self._outputs.clone()
-        parts = torch.split(flat, [shape.numel() for shape in self._shapes])
-        return tuple(part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True))
+                found = Outputs(self._outputs.clone(), self._shapes)
+        return found
 
     def _run(self, function: Function, active: Recorder) -> tuple[Tensor, Tensor]:
         """Outputs one after the other, and whether all conditions hold."""
-        found = function(self._inputs)
-        self._shapes = [t.shape for t in found]
-        outputs = torch.cat([t.detach().reshape(-1) for t in found])
+        found = Outputs.of(function(self._inputs))
+        self._shapes, outputs = found.shapes, found.flat
         if not active.conditions:
             return outputs, torch.ones((), dtype=torch.bool, device=outputs.device)
         return outputs, torch.stack(active.conditions).all()

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mdgraft.kernels.derivatives import _needed
-from mdgraft.kernels.device.recording import Function, NotRecordableError, Recording, recorder
+from mdgraft.kernels.device.recording import (
+    Function,
+    NotRecordableError,
+    Outputs,
+    Recording,
+    recorder,
+)
 from mdgraft.kernels.pieces import collecting
 from mdgraft.kernels.switch import compiled_kernels, on_device, under_transform
 
@@ -153,15 +159,19 @@ class Session:
         """The recording of the energy and its slopes."""
         return self._replays.recording(self._key, self._first, self._inputs)
 
-    def first(self) -> tuple[Tensor, ...]:
+    def first(self) -> Outputs:
         """The energy, then its slopes in the inputs that need them."""
-        recording = self.first_recording()
+        return self._found(self._key, self._first, self._inputs)
+
+    def _found(self, key: Hashable, function: Function, every: Sequence[Tensor]) -> Outputs:
+        """What a function of the inputs, and maybe of more tensors, returns."""
+        recording = self._replays.recording(key, function, every)
         if recording is not None:
-            found = recording(self._inputs, lambda: self._check(self._inputs))
+            found = recording(every, lambda: self._check(self._inputs))
             if found is not None:
                 return found
-            self._replays.forget(self._key)
-        return tuple(t.detach() for t in self._first(self._inputs))
+            self._replays.forget(key)
+        return Outputs.of(function(every))
 
     def _first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         leaves = _leaves(inputs, self.needed)
@@ -172,26 +182,24 @@ class Session:
     # Second derivatives -----------------------------------------------------------------------
 
     def second(
-        self, wanted: tuple[bool, ...], inputs: Sequence[Tensor], directions: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Derivatives in what is wanted of all slopes along directions."""
-        key = self._key, wanted
+        self,
+        given: tuple[bool, ...],
+        wanted: tuple[bool, ...],
+        inputs: Sequence[Tensor],
+        directions: Sequence[Tensor],
+    ) -> Outputs:
+        """Derivatives in what is wanted of slopes along the directions that are given."""
         n = len(inputs)
 
         def products(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return self.products(wanted, _leaves(tensors[:n], self.needed), tensors[n:])
+            leaves = _leaves(tensors[:n], self.needed)
+            return self.products(given, wanted, leaves, tensors[n:])
 
-        every = [*inputs, *directions]
-        recording = self._replays.recording(key, products, every)
-        if recording is not None:
-            found = recording(every, lambda: self._check(inputs))
-            if found is not None:
-                return found
-            self._replays.forget(key)
-        return tuple(t.detach() for t in products(every))
+        return self._found((self._key, given, wanted), products, [*inputs, *directions])
 
     def products(
         self,
+        given: Sequence[bool],
         wanted: Sequence[bool],
         leaves: Sequence[Tensor],
         directions: Sequence[Tensor],
@@ -200,10 +208,10 @@ class Session:
     ) -> list[Tensor]:
         """The same by torch."""
         with torch.enable_grad():
-            slopes = _slopes(self.function(leaves), _chosen(leaves, self.needed), graph=True)
+            slopes = _slopes(self.function(leaves), _chosen(leaves, given), graph=True)
             live = [(s, d) for s, d in zip(slopes, directions, strict=True) if s.requires_grad]
             chosen = _chosen(leaves, wanted)
-            if not live:
+            if not live or not chosen:
                 return [torch.zeros_like(t) for t in chosen]
             outputs, weights = zip(*live, strict=True)
             return list(
@@ -241,7 +249,7 @@ def _slopes(energy: Tensor, leaves: Sequence[Tensor], *, graph: bool = False) ->
     )
 
 
-def _spread(values: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
+def _spread(values: Sequence[Tensor | None], flags: Sequence[bool]) -> list[Tensor | None]:
     """Values where flags are set, None elsewhere."""
     rest = iter(values)
     return [next(rest) if on else None for on in flags]
@@ -252,9 +260,9 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, session: Session, *inputs: Tensor) -> Tensor:
-        energy, *slopes = session.first()
-        ctx.session, ctx.slopes = session, slopes
+        ctx.session, ctx.found = session, session.first()
         ctx.save_for_backward(*inputs)
+        energy: Tensor = ctx.found.flat[:1].clone()
         return energy
 
     @staticmethod
@@ -262,57 +270,64 @@ class _Energy(torch.autograd.Function):
         (weight,) = grad_outputs
         needed = ctx.session.needed
         asked = _needed(ctx, needed)
-        inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
+            slopes = _spread(list(ctx.found.views())[1:], needed)
             apply: Any = _Slopes.apply
-            found = apply(ctx.session, tuple(ctx.slopes), weight, *inputs)
-        else:
-            found = torch._foreach_mul(ctx.slopes, weight.reshape(())) if ctx.slopes else []
-        every = _spread(found, needed)
+            found = apply(
+                ctx.session,
+                asked,
+                [s for s, on in zip(slopes, asked, strict=True) if on],
+                weight,
+                *ctx.saved_tensors,
+            )
+            return (None, *_spread(found, asked))
+        every = _spread(ctx.found.times(weight)[1:], needed)
         return (None, *(t if on else None for t, on in zip(every, asked, strict=True)))
 
 
 class _Slopes(torch.autograd.Function):
-    """``(session, slopes, weight, *inputs)``: slopes times a weight ``(1,)``."""
+    """``(session, asked, slopes, weight, *inputs)``: slopes times a weight ``(1,)``.
+
+    Slopes are those in the inputs that are asked for.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         session: Session,
-        slopes: tuple[Tensor, ...],
+        asked: tuple[bool, ...],
+        slopes: list[Tensor],
         weight: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.session, ctx.slopes = session, slopes
+        ctx.session, ctx.asked, ctx.slopes = session, asked, slopes
         ctx.save_for_backward(weight, *inputs)
-        ctx.set_materialize_grads(True)
-        return tuple(torch._foreach_mul(list(slopes), weight.reshape(())))
+        ctx.set_materialize_grads(False)
+        number = weight.reshape(())
+        return tuple(number * slope for slope in slopes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
-        flags = _needed(ctx, ctx.needs_input_grad[2:])
-        asked = tuple(a and b for a, b in zip(flags[1:], ctx.session.needed, strict=True))
-        session, directions = ctx.session, [g.contiguous() for g in grad_outputs]
-        change: Tensor | None = None
+        session: Session = ctx.session
+        of_weight, *flags = _needed(ctx, ctx.needs_input_grad[3:])
+        wanted = tuple(a and b for a, b in zip(flags, session.needed, strict=True))
+        every = _spread(grad_outputs, ctx.asked)
+        given = tuple(g is not None for g in every)
+        directions = [g for g in every if g is not None]
+        slopes = [s for s, g in zip(ctx.slopes, grad_outputs, strict=True) if g is not None]
         if torch.is_grad_enabled():
             # A third derivative is on its way: by torch operations from here on.
-            products = session.products(asked, inputs, directions, graph=True)
+            products = session.products(given, wanted, inputs, directions, graph=True)
             found = [p * weight.reshape(()) for p in products]
-            if flags[0]:
-                slopes = _slopes(
-                    session.function(inputs), _chosen(inputs, session.needed), graph=True
-                )
-                change = _dot(slopes, directions)
+            if of_weight:
+                slopes = _slopes(session.function(inputs), _chosen(inputs, given), graph=True)
+        elif any(wanted) and directions:
+            found = session.second(given, wanted, inputs, directions).times(weight)
         else:
-            products = session.second(asked, inputs, directions)
-            found = list(torch._foreach_mul(list(products), weight.reshape(()))) if products else []
-            if flags[0]:
-                change = _dot(ctx.slopes, directions)
-        if change is not None:
-            change = change.reshape(weight.shape)
-        return (None, None, change, *_spread(found, asked))
-
-
-def _dot(slopes: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(s * d).sum() for s, d in zip(slopes, directions, strict=True)]).sum()
+            found = [torch.zeros_like(t) for t in _chosen(inputs, wanted)]
+        change = None
+        if of_weight and directions:
+            sums = [(s * d).sum() for s, d in zip(slopes, directions, strict=True)]
+            change = torch.stack(sums).sum().reshape(weight.shape)
+        return (None, None, None, change, *_spread(found, wanted))

@@ -154,8 +154,8 @@ class CompiledPairs:
     ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
         if self._ordered:
-            ranks = torch.arange(self._n_particles, dtype=positions.dtype)
-            inputs.append(ranks.to(positions.device))
+            n, device = self._n_particles, positions.device
+            inputs.append(torch.arange(n, dtype=positions.dtype, device=device))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
         cell = box if self._method.periodic else None
