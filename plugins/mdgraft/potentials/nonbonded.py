@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -258,7 +259,6 @@ class Nonbonded(AbstractTerm):
         particle = [values[name] for name in _PARTICLE]
         charge, sigma, epsilon = self._offset("particle_offset", particle, values, present)
         sums = self._sums()
-        energy = 0.0 * positions.sum(dim=(-2, -1))
         parts: list[Callable[[], Tensor]] = []
         own: list[Tensor] = []
         if settings.include_direct:
@@ -273,17 +273,15 @@ class Nonbonded(AbstractTerm):
                 parts.append(lambda: self._correction(box, particle, values))
         else:
             # What only counts in direct space has zero derivatives, not missing ones.
-            for value in values.values():
-                energy = energy + 0.0 * value.sum()
+            parts.append(lambda: _nothing(positions, values))
         if settings.method.ewald:
             assert box is not None
             parts.append(lambda: self._reciprocal(positions, box, charge, sigma, epsilon))
             if settings.include_direct:
                 parts.append(lambda: -self._excluded(positions, box, charge, sigma, epsilon))
         made = [t for t in (positions, box, charge, sigma, epsilon, present) if t is not None]
-        for part in side_by_side(positions, parts, [*made, *own, *values.values()]):
-            energy = energy + part
-        return energy
+        found = side_by_side(positions, parts, [*made, *own, *values.values()])
+        return functools.reduce(torch.add, found)
 
     def _correction(
         self, box: Tensor | None, particle: list[Tensor], values: Mapping[str, Tensor]
@@ -351,3 +349,10 @@ class Nonbonded(AbstractTerm):
             mesh = mesh_dispersion(positions, c6, box, alpha=beta, grid=settings.dispersion_grid)
             energy = energy + mesh + beta**6 / 12 * (c6 * c6).sum()
         return energy
+
+
+def _nothing(positions: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    energy = 0.0 * positions.sum(dim=(-2, -1))
+    for value in values.values():
+        energy = energy + 0.0 * value.sum()
+    return energy

@@ -6,6 +6,7 @@ The same sums as in `mdgraft.kernels.fused.mesh`; see there for the formulas.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from mdgraft.kernels.device import modes as on_modes
 from mdgraft.kernels.device import programs
 from mdgraft.kernels.device.modes import Modes
 from mdgraft.kernels.device.numbers import outer_sum
+from mdgraft.kernels.device.recording import recorder
 from mdgraft.kernels.fused.influence import Interaction
 from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.periodic import reciprocal, volume
@@ -109,9 +111,14 @@ class DeviceMeshKernel:
             frames = slice(start, start + size)
             whole = n_frames <= size
             own = (positions, box) if whole else (positions[frames], box[frames])
-            lost = (0.0 * own[0]).sum(dim=(1, 2)) + (0.0 * own[1]).sum(dim=(1, 2))
             found = batch((*own, strengths), frames)
-            parts.append([t + lost.reshape(-1, *(1,) * (t.ndim - 1)) for t in found])
+            # What is recorded is replayed for finite numbers only.
+            if recorder(positions) is None:
+                lost = (0.0 * own[0]).sum(dim=(1, 2)) + (0.0 * own[1]).sum(dim=(1, 2))
+                found = tuple(t + lost.reshape(-1, *(1,) * (t.ndim - 1)) for t in found)
+            parts.append(found)
+        if len(parts) == 1:
+            return list(parts[0])
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     # One batch --------------------------------------------------------------------------------
@@ -230,15 +237,15 @@ class DeviceMeshKernel:
     ) -> Tensor:
         """Transforms ``(F, M)`` of what a program adds to meshes."""
         n_frames = len(positions)
-        bound = sum((s.double().abs().sum(dim=-1) for s in strengths), start=_zero(positions))
+        bounds = [s.abs().sum(dim=-1, dtype=torch.float64) for s in strengths]
         if name == "spread_tangent":
             # No derivative of a spline is larger than one, on each axis.
             shifts, r, dr = frames
             moved = (shifts.double() @ r + positions.double() @ dr).abs()
             x, y, z = moved.unbind(-1)
             steps = self._grid[0] * x + self._grid[1] * y + self._grid[2] * z
-            bound = bound + (strengths[0].double().abs() * steps).sum(dim=-1)
-        scales = torch.exp2(torch.floor(torch.log2(_LARGEST / bound.clamp(min=1e-200))))
+            bounds.append((strengths[0].double().abs() * steps).sum(dim=-1))
+        scales = _LARGEST / functools.reduce(torch.add, bounds).clamp(min=1e-200)
         meshes = torch.zeros(n_frames, *self._grid, dtype=torch.int64, device=positions.device)
         self._start(name, positions, frames, [*strengths, scales, meshes])
         density = (meshes.double() / scales[:, None, None, None]).to(positions.dtype)
@@ -285,10 +292,6 @@ class DeviceMeshKernel:
         # Enough warps that registers do not spill.
         warps = _WARPS * (2 if positions.dtype == torch.float64 else 1)
         programs.start(function, (n_frames * blocks,), *tensors, *numbers, warps=warps)
-
-
-def _zero(positions: Tensor) -> Tensor:
-    return torch.zeros(len(positions), dtype=torch.float64, device=positions.device)
 
 
 def _power(spectra: Tensor) -> Tensor:

@@ -234,13 +234,16 @@ class DevicePairKernel:
         """What belongs to particles in their own order, and sums by frame."""
         positions, m = inputs[0], len(self.formula.particle)
         n_frames = positions.shape[0]
-        # A lost particle is close to nobody, which must not look like a good energy.
-        lost = (0.0 * positions).sum(dim=(1, 2))
         # Each pair was counted twice.
         total = 0.5 * sums.reshape(n_frames, clusters.n_clusters, -1).sum(dim=1)
         n = program.n_sums
         sorted_ = out.transpose(1, 2).reshape(n_frames, clusters.order.shape[1], program.n_outputs)
-        own = taken(sorted_, clusters.places) + lost[:, None, None]
+        own = taken(sorted_, clusters.places)
+        # What is recorded is replayed for finite numbers only.
+        if recorder(positions) is None:
+            # A lost particle is close to nobody, which must not look like a good energy.
+            lost = (0.0 * positions).sum(dim=(1, 2))
+            own, total = own + lost[:, None, None], total + lost.double()[:, None]
         available: PerFrame = [None] * len(inputs)
         if task.positions:
             available[0] = slopes = own[..., :3]
@@ -253,9 +256,10 @@ class DevicePairKernel:
         if task.particle:
             first = 3 if task.positions else 0
             available[2 : 2 + m] = own[..., first:].unbind(-1)
-        energies = lost if task.second else total[:, 0].to(positions.dtype) + lost
+        # A copy, since torch wants tangents of the same layout.
+        energies = total[:, 0].to(positions.dtype, copy=True)
         if task.shared:
-            shared = total[:, 0 if task.second else 1 : n].to(positions.dtype) + lost[:, None]
+            shared = total[:, 0 if task.second else 1 : n].to(positions.dtype)
             available[2 + m :] = shared.unbind(-1)
         return energies, [a if on else None for a, on in zip(available, wanted, strict=True)]
 
