@@ -156,7 +156,7 @@ def _as_it_is(
 
 
 def _holding(potential: Potential, atoms: ase.Atoms) -> Potential:
-    """A potential that knows what the atoms' constraints hold; the very same if they hold nothing."""
+    """A potential that knows what constraints hold; the very same if there are none."""
     held = held_by(atoms)
     if held is None:
         return potential

@@ -31,12 +31,13 @@ def held_by(atoms: ase.Atoms) -> Held | None:
     """
     lengths: dict[tuple[int, int], float] = {}
     pinned: set[int] = set()
+    structure: Any = atoms
     n = len(atoms)
 
     def hold(i: int, j: int, length: float | None = None, mic: bool = False) -> None:
         pair = (int(i) % n, int(j) % n)
-        found = atoms.get_distance(*pair, mic=mic) if length is None else float(length)
-        lengths[min(pair), max(pair)] = _NM * found
+        found = structure.get_distance(*pair, mic=mic) if length is None else length
+        lengths[min(pair), max(pair)] = _NM * float(found)
 
     own: list[Any] = list(atoms.constraints)
     for constraint in own:

@@ -23,11 +23,14 @@ from mdgraft import Potential
 from mdgraft.neural import (
     AtomicInputs,
     AtomicModel,
+    CHGNetModel,
     MACEModel,
+    MatGLModel,
     ModelUnits,
     NequIPModel,
     NeuralTerm,
     SchNetPackModel,
+    SevenNetModel,
     TorchANIModel,
 )
 from mdgraft.potentials.atomistic.module import ModuleTerm
@@ -215,10 +218,30 @@ def _schnetpack(calculator: Any, atoms: ase.Atoms) -> nn.Module:
     )
 
 
+def _chgnet(calculator: Any, atoms: ase.Atoms) -> nn.Module:
+    # As the calculator does itself before it computes anything.
+    calculator.model.eval()
+    return CHGNetModel(calculator.model)
+
+
+def _matgl(calculator: Any, atoms: ase.Atoms) -> nn.Module:
+    # What its last evaluation left has a graph, and cannot be copied.
+    calculator.potential.model.feature_dict = {}
+    symbols = calculator.potential.model.element_types
+    return MatGLModel(calculator.potential, [atomic_numbers[symbol] for symbol in symbols])
+
+
+def _sevennet(calculator: Any, atoms: ase.Atoms) -> nn.Module:
+    return SevenNetModel(calculator.model, modal=calculator.modal)
+
+
 #: How the model is taken out, by package and class of the calculator.
 _RECIPES: dict[tuple[str, str], Callable[[Any, ase.Atoms], nn.Module]] = {
+    ("chgnet", "CHGNetCalculator"): _chgnet,
     ("mace", "MACECalculator"): _mace,
+    ("matgl", "PESCalculator"): _matgl,
     ("torchani", "Calculator"): _torchani,
     ("nequip", "NequIPCalculator"): _nequip,
     ("schnetpack", "SpkCalculator"): _schnetpack,
+    ("sevenn", "SevenNetCalculator"): _sevennet,
 }

@@ -153,8 +153,7 @@ class TorchForce(AbstractBackend):
         if request.check:
             evaluator = Evaluator(request.function, slopes=request.slopes, check=False)
             for x, h in request.frames[:1]:
-                evaluator.check_forces(x, h, request.function.defaults)
-                evaluator.check_slopes(x, h, request.function.defaults)
+                evaluator.compare(x, h, request.function.defaults)
         return force
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from mdgraft_openmm._adapter import _PROPERTIES, as_host
 from mdgraft_openmm._converter import number
 from mdgraft_openmm._copies import faithful_copy
+from mdgraft_openmm._held import held_by
 from mdgraft_openmm.forces import WITHOUT_ENERGY
 from mdgraft_openmm.virtual_sites import read_sites
 
@@ -69,6 +71,8 @@ class ContextEnergy:
         self.n_particles = self.system.getNumParticles()
         #: Virtual sites, or None.
         self.sites = read_sites(self.system)
+        #: Constrained distances and particles that stay in place, or None.
+        self.held = held_by(self.system)
         self.context = self.open(openmm.VerletIntegrator(0.001))
 
     @property
@@ -113,8 +117,13 @@ class ContextEnergy:
 
     def __call__(self, state: ChainState) -> Tensor:
         """Energies ``(C,)`` [kJ/mol], float64, one chain after the other."""
-        found = [number(s.getPotentialEnergy()) for s in self._states(state, energy=True)]
-        return torch.tensor(found, dtype=torch.float64, device=state.positions.device)
+        found = torch.from_numpy(self.energies_of_arrays(*arrays(state)))
+        return found.to(state.positions.device)
+
+    def energies_of_arrays(self, positions: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
+        """Energies ``(C,)`` [kJ/mol] of ``(C, N, 3)`` and ``(C, 3, 3)`` [nm], float64."""
+        states = self._states(positions, boxes, energy=True)
+        return np.array([number(state.getPotentialEnergy()) for state in states])
 
     def energies_and_forces(self, state: ChainState) -> tuple[Tensor, Tensor]:
         """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64.
@@ -122,12 +131,12 @@ class ContextEnergy:
         Forces on virtual sites are those that their parents feel, and zero on themselves.
         """
         energies, forces = [], []
-        for found in self._states(state, energy=True, forces=True):
+        for found in self._states(*arrays(state), energy=True, forces=True):
             energies.append(number(found.getPotentialEnergy()))
             forces.append(self.forces_of(found))
         device = state.positions.device
         return (
-            torch.tensor(energies, dtype=torch.float64, device=device),
+            torch.from_numpy(np.array(energies)).to(device),
             torch.from_numpy(np.stack(forces)).to(device),
         )
 
@@ -138,25 +147,38 @@ class ContextEnergy:
             forces[list(self.sites.indices)] = 0.0
         return forces
 
-    def _states(self, state: ChainState, **wanted: bool) -> list[openmm.State]:
-        found = []
-        for positions, box in configurations(state):
-            try:
-                self.put(self.context, positions, box)
-                found.append(self.context.getState(**wanted))
-            except openmm.OpenMMException as error:
-                raise SimulationError(
-                    f"energy: OpenMM cannot evaluate a configuration ({error})"
-                ) from error
+    def _states(
+        self, positions: np.ndarray, boxes: np.ndarray | None, **wanted: bool
+    ) -> list[openmm.State]:
+        found, context = [], self.context
+        try:
+            for x, box in _paired(positions, boxes):
+                self.put(context, x, box)
+                found.append(context.getState(**wanted))
+        except openmm.OpenMMException as error:
+            raise SimulationError(
+                f"energy: OpenMM cannot evaluate a configuration ({error})"
+            ) from error
         return found
+
+
+def arrays(state: ChainState) -> tuple[np.ndarray, np.ndarray | None]:
+    """Positions ``(C, N, 3)`` and boxes ``(C, 3, 3)`` as float64 arrays."""
+    x = state.positions.detach().to("cpu", torch.float64).numpy()
+    box = state.box
+    return x, None if box is None else box.detach().to("cpu", torch.float64).numpy()
 
 
 def configurations(state: ChainState) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Positions and box of each chain as float64 arrays."""
-    x = state.positions.detach().to("cpu", torch.float64).numpy()
-    if state.box is None:
-        return [(positions, None) for positions in x]
-    return list(zip(x, state.box.detach().to("cpu", torch.float64).numpy(), strict=True))
+    return list(_paired(*arrays(state)))
+
+
+def _paired(
+    positions: np.ndarray, boxes: np.ndarray | None
+) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
+    each = itertools.repeat(None, len(positions)) if boxes is None else boxes
+    return zip(positions, each, strict=True)
 
 
 def _without_ensembles(system: openmm.System) -> openmm.System:

@@ -11,7 +11,9 @@ from mdgraft import InvalidInputError
 from mdgraft._errors import SimulationError, WrongEnsembleError
 from mdgraft._units import BOLTZMANN
 from mdgraft.montecarlo import AbstractMove, ChainState, Proposal, Target
+from mdgraft.montecarlo._counts import checked_trajectory
 from mdgraft.montecarlo.moves.base import Noise, normal, uniform
+from mdgraft.potentials.held import Held
 from torch import Tensor
 
 from mdgraft_openmm._converter import number
@@ -90,11 +92,8 @@ class HybridMonteCarlo(AbstractMove):
             raise InvalidInputError(
                 f"energy: got {type(energy).__name__}, wanted a mdgraft_openmm.ContextEnergy"
             )
-        if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-            raise InvalidInputError(f"n_steps: got {n_steps!r}, wanted an integer above zero")
-        if not 0.0 <= jitter < 1.0:
-            raise InvalidInputError(f"jitter: got {jitter!r}, wanted a fraction of the time step")
-        self.energy, self.n_steps, self.jitter = energy, n_steps, float(jitter)
+        self.energy = energy
+        self.n_steps, self.jitter = checked_trajectory(n_steps, jitter)
         self._tolerance, self.check_return = constraint_tolerance, check_return
         chosen = openmm.VerletIntegrator(0.001) if integrator is None else integrator
         _check_deterministic(chosen)
@@ -132,6 +131,18 @@ class HybridMonteCarlo(AbstractMove):
         self._check_constraints(state)
         if not self._leapfrog:
             self._check_reversible(state, target)
+
+    @property
+    def held(self) -> Held | None:
+        """Constraints of the System, and particles without mass."""
+        return self.energy.held
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those that the System constrains."""
+        own = (
+            set() if self.held is None else {tuple(sorted(row)) for row in self.held.rows.tolist()}
+        )
+        return torch.tensor([tuple(sorted(row)) in own for row in pairs.tolist()], dtype=torch.bool)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Normal numbers ``(C, N, 3)`` for the velocities, and ``(C,)`` for the time step."""

@@ -29,12 +29,23 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
         another one is copied.
     backend
         See `mdgraft_openmm.to_force`.
+
+    Raises
+    ------
+    InvalidInputError
+        If the model is of no known kind, or there are other options.
     """
 
     def __init__(
-        self, model: Any, *, dtype: torch.dtype | None = None, backend: Any = "auto"
+        self,
+        model: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        backend: Any = "auto",
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        _check_known("MLPotential('mdgraft', ...)", unknown, ("model", "dtype", "backend"))
         if isinstance(model, str | os.PathLike):
             model = MessagePassingNetwork.load(model)
         if not callable(model):
@@ -70,8 +81,15 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
         **args
             ``device`` and ``dtype`` say where the model computes, ``backend`` how (see
             `mdgraft_openmm.to_force`), and ``periodic`` overrides what topology and System say.
-            OpenMM-ML hands on its own options here as well, which are ignored.
+            Of a mixed system OpenMM-ML hands on its own options here as well, which it has used.
+
+        Raises
+        ------
+        InvalidInputError
+            For other options, or atoms without an element where a model needs one.
         """
+        known = {*_OPTIONS} if atoms is None else {*_OPTIONS, *_OF_EMBEDDINGS}
+        _check_known("addForces", args.keys() - known, _OPTIONS)
         everything = list(topology.atoms())
         picked = list(range(len(everything))) if atoms is None else [int(i) for i in atoms]
         periodic = args.get("periodic")
@@ -105,6 +123,22 @@ class MDGraftPotentialImpl(MLPotentialImpl):  # type: ignore[misc]
     def getMLLongRange(self) -> bool:  # noqa: N802
         """Models of atoms end at a cutoff."""
         return False
+
+
+#: Keywords of `MDGraftPotentialImpl.addForces`, and of ``createSystem`` and ``createMixedSystem``.
+_OPTIONS = ("device", "dtype", "backend", "periodic")
+#: What OpenMM-ML's own embedding reads from the keywords that it hands on.
+_OF_EMBEDDINGS = ("linkAtomDistances", "mlLongRange")
+
+
+def _check_known(what: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for keywords that would be ignored."""
+    found = sorted(unknown)
+    if found:
+        raise InvalidInputError(
+            f"{', '.join(found)}: {what} of the potential 'mdgraft' has no such keyword and would "
+            f"ignore it; the known ones are {', '.join(known)}"
+        )
 
 
 def _atomic_numbers(atoms: list[Any]) -> list[int]:

@@ -34,7 +34,7 @@ class MDGraftPotentialImplFactory:
         Raises
         ------
         InvalidInputError
-            If there is no model or it is of none of these kinds.
+            If there is no model or it is of none of these kinds, or there are other options.
         ImportError
             If OpenMM-ML is not installed.
         """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import openmm
 import torch
 from mdgraft.ensembles import standard_error
 from mdgraft.montecarlo import Samples
 from montecarlo_laws import F64
+from openmm import app, unit
 
 K = 400.0
 
@@ -98,3 +100,15 @@ def velocity_verlet() -> openmm.CustomIntegrator:
     integrator.addComputePerDof("v", "v+0.5*dt*f/m+(x-x1)/dt")
     integrator.addConstrainVelocities()
     return integrator
+
+
+def site_water() -> tuple[openmm.System, torch.Tensor, torch.Tensor]:
+    """Rigid waters of four sites in a small periodic box."""
+    field = app.ForceField("amber14/tip4pew.xml")
+    water = app.Modeller(app.Topology(), [])
+    water.addSolvent(field, model="tip4pew", boxSize=openmm.Vec3(1.4, 1.4, 1.4))
+    system = field.createSystem(
+        water.topology, nonbondedMethod=app.CutoffPeriodic, nonbondedCutoff=0.5 * unit.nanometer
+    )
+    x = torch.tensor(np.array(water.positions.value_in_unit(unit.nanometer)))
+    return system, x, 1.4 * torch.eye(3, dtype=F64)

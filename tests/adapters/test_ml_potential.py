@@ -149,6 +149,34 @@ def test_models_that_make_no_sense(model, match):
         openmmml.MLPotential("mdgraft", model=model)
 
 
+@pytest.mark.parametrize("keyword", ["cutoff", "Device", "mlLongRange", "linkAtomDistances"])
+def test_unknown_keywords_of_whole_systems(keyword):
+    potential = openmmml.MLPotential("mdgraft", model=network())
+    with pytest.raises(InvalidInputError, match=f"{keyword}: .*device, dtype, backend, periodic"):
+        potential.createSystem(water(), **{keyword: 1})
+
+
+@pytest.mark.parametrize("interpolate", [False, True])
+def test_unknown_keywords_of_mixed_systems(interpolate):
+    """What OpenMM-ML has for itself it hands on as well."""
+    topology = water()
+    classical = app.ForceField("tip3p.xml").createSystem(topology)
+    potential = openmmml.MLPotential("mdgraft", model=network())
+    with pytest.raises(InvalidInputError, match="chrage: .*device, dtype, backend, periodic"):
+        potential.createMixedSystem(topology, classical, [3], interpolate=interpolate, chrage=1)
+    distances = [(3, 4, 0.09 * openmm.unit.nanometer), (3, 5, 0.09 * openmm.unit.nanometer)]
+    mixed = potential.createMixedSystem(
+        topology, classical, [3], interpolate=interpolate, linkAtomDistances=distances
+    )
+    found = [mixed.getVirtualSite(i).getLocalPosition()._value[0] for i in (6, 7)]
+    assert found == pytest.approx([0.09, 0.09])
+
+
+def test_unknown_keywords_of_potentials():
+    with pytest.raises(InvalidInputError, match="dtpye: .*model, dtype, backend"):
+        openmmml.MLPotential("mdgraft", model=network(), dtpye=torch.float64)
+
+
 def test_atoms_without_elements():
     topology = water()
     topology.addAtom("M", None, topology.addResidue("SITE", next(topology.chains())))

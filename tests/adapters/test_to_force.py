@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -88,6 +89,33 @@ def test_subsets_keep_their_order(particles, slopes):
     forces[SUBSET] = chosen
     wanted = {name: derivatives[name] for name in slopes or []}
     assert_close(evaluate(open_context(force), POSITIONS), (energy, forces, wanted), 1e-10)
+
+
+@pytest.mark.parametrize("slopes", [False, ["shift"]], ids=["", "derivatives"])
+def test_particles_beyond_the_system_are_refused(slopes):
+    """OpenMM would read and write beyond its memory; what is refused still belongs to Python."""
+    options = {"global_parameters": GLOBALS, "parameter_derivatives": slopes, "backend": PYTHON}
+    force, other = (to_force(Springs(), particles=[N, 0, 2], **options) for _ in range(2))
+    name = "CustomCVForce" if slopes else "PythonForce"
+    assert type(force).__name__ == name and isinstance(force, getattr(openmm, name))
+    small, large, reversed_order = openmm.System(), openmm.System(), openmm.System()
+    for _ in range(N):
+        small.addParticle(1.0)
+    match = "particles: the force has particle 6, but the System has 6, wanted indices from 0 to 5"
+    for again in (force, force, copy.deepcopy(force)):
+        with pytest.raises(InvalidInputError, match=match):
+            small.addForce(again)
+        assert small.getNumForces() == 0 and again.thisown
+    assert type(pickle.loads(pickle.dumps(force))) is getattr(openmm, name)
+    # A System that gets its particles later has none to compare with.
+    reversed_order.addForce(other)
+    for system in (large, reversed_order):
+        for _ in range(N + 1):
+            system.addParticle(1.0)
+    large.addForce(force)
+    assert large.getNumForces() == 1 and not force.thisown
+    with pytest.raises(Exception, match="does not own"):
+        large.addForce(force)
 
 
 def test_one_evaluation_gives_energy_and_all_derivatives():

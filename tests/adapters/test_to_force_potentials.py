@@ -320,8 +320,12 @@ def test_other_functions_and_torchscript_stay_with_the_host():
 
 
 def test_particles_that_do_not_exist():
-    system = with_export(lambda x: x.sum(), particles=[0, N])
-    with pytest.raises(InvalidInputError, match=r"model: entry 1 refers to \[6\]"):
+    """What comes out of a file is not compared with the System until it is grafted."""
+    system = with_export(lambda x: x.sum(), particles=[0, N - 1])
+    force = to_force(Springs(), particles=[0, N], global_parameters=GLOBALS)
+    text = openmm.XmlSerializer.serialize(force)
+    system.addForce(openmm.XmlSerializer.deserialize(text))
+    with pytest.raises(InvalidInputError, match=r"PythonForce: entry 1 refers to \[6\]"):
         mdgraft.graft(system)
 
 

@@ -12,10 +12,13 @@ import torch
 from mdgraft import InvalidInputError
 from mdgraft.neural import (
     AtomicModel,
+    CHGNetModel,
     MACEModel,
+    MatGLModel,
     ModelUnits,
     NequIPModel,
     SchNetPackModel,
+    SevenNetModel,
     TorchANIModel,
     TorchMDNetModel,
     neural_potential,
@@ -210,7 +213,116 @@ class TorchMDNet(StandIn):
         return _sum(energies, batch[i], int(batch[-1]) + 1)[:, None], torch.empty(0)
 
 
+class CHGNet(StandIn):
+    """``graph -> {"e": (graphs,)}``, averages over atoms; angles do not count here."""
+
+    is_intensive = True
+    composition_model = None
+
+    def __init__(self):
+        super().__init__()
+        self.graph_converter = types.SimpleNamespace(
+            atom_graph_cutoff=CUTOFF, bond_graph_cutoff=2.5
+        )
+        self.atom_embedding = types.SimpleNamespace(embedding=nn.Embedding(94, 1))
+        distances = types.SimpleNamespace(
+            rbf_expansion_ag=lambda r: r[:, None], rbf_expansion_bg=lambda r: r[:, None]
+        )
+        self.bond_basis_expansion = distances
+        self.angle_basis_expansion = lambda left, right: (left * right).sum(dim=1, keepdim=True)
+        self.graphs = None
+
+    def _compute(self, graph):
+        if self.graphs is not None:
+            self.graphs.append(graph)
+        first, second = graph.batched_atom_graph.T
+        r = graph.bond_bases_ag[graph.directed2undirected, 0]
+        energies = self.k * springs(graph.atomic_numbers[first], graph.atomic_numbers[second], r)
+        counts = torch.bincount(graph.atom_owners)
+        return {"e": _sum(energies, graph.atom_owners[first], len(counts)) / counts}
+
+
+class _MatGLInner(StandIn):
+    cutoff = CUTOFF
+    element_types = ("H", "C", "O")
+    include_state = False
+    is_intensive = False
+
+    def forward(self, g, state_attr, l_g):
+        first, second = g.edge_index
+        assert (first.diff() >= 0).all() and state_attr is None and l_g is None
+        vectors = g.pos[second] + g.pbc_offshift - g.pos[first]
+        z = torch.tensor(KNOWN)[g.node_type]
+        energies = self.k * springs(z[first], z[second], vectors.norm(dim=-1))
+        self.feature_dict = {"energies": energies}
+        return _sum(energies, g.batch[first], g.num_graphs).squeeze()
+
+
+class MatGL(nn.Module):
+    """A ``Potential``: scale, shift and energies of elements around a model."""
+
+    calc_repuls = False
+
+    def __init__(self, scale=1.0, shift=0.0, references=None, **attributes):
+        super().__init__()
+        self.model = _MatGLInner()
+        self.register_buffer("data_std", torch.tensor(scale, dtype=torch.float64))
+        self.register_buffer("data_mean", torch.tensor(shift, dtype=torch.float64))
+        self.element_refs = references
+        for name, value in attributes.items():
+            setattr(self.model if hasattr(self.model, name) else self, name, value)
+
+
+class OnehotEmbedding(nn.Module):
+    """In single precision, as that of SevenNet."""
+
+    def forward(self, data):
+        return {**data, "x": nn.functional.one_hot(data["x"], len(KNOWN)).float()}
+
+
+class Convolution(StandIn):
+    _is_batch_data = False
+
+    def forward(self, data):
+        assert self._is_batch_data and data["x"].dtype == data["edge_vec"].dtype
+        first, second = data["edge_index"]
+        z = torch.tensor(KNOWN)[data["x"].argmax(dim=1)]
+        energies = self.k * springs(z[first], z[second], data["edge_vec"].norm(dim=-1))
+        if "modal_type" in data:
+            energies = energies * (1 + data["modal_type"][data["batch"][first]])
+        return {**data, "atomic_energy": _sum(energies, first, len(z)).unsqueeze(-1)}
+
+
+class ForceStressOutputFromEdge(nn.Module):
+    def forward(self, data):
+        raise AssertionError("forces are not asked for")
+
+
+class SevenNet(nn.Sequential):
+    """An ``AtomGraphSequential``."""
+
+    cutoff = CUTOFF
+    type_map = types.MappingProxyType({8: 2, 1: 0, 6: 1})
+    modal_map = None
+    is_batch_data = False
+
+    def __init__(self):
+        super().__init__(OnehotEmbedding(), Convolution(), ForceStressOutputFromEdge())
+
+    def set_is_batch_data(self, flag):
+        self.is_batch_data = self[1]._is_batch_data = flag
+
+
+def several_modals():
+    model = SevenNet()
+    model.modal_map = {"one": 0, "two": 1}
+    return model
+
+
 WRAPPERS = {
+    "chgnet": (lambda: CHGNetModel(CHGNet()), "eV"),
+    "matgl": (lambda: MatGLModel(MatGL(), KNOWN), "eV"),
+    "sevennet": (lambda: SevenNetModel(SevenNet()), "eV"),
     "mace": (lambda: MACEModel(MACE()), "eV"),
     "torchani": (lambda: TorchANIModel(ANI()), "hartree"),
     "nequip": (lambda: NequIPModel(GraphModel(), KNOWN), "eV"),
@@ -254,7 +366,8 @@ def test_physics(name):
 def test_gradients_in_weights(name):
     make, _ = WRAPPERS[name]
     potential = neural_potential(make(), NUMBERS)
-    ((parameter, value),) = potential.named_parameters()
+    parameters = dict(potential.named_parameters())
+    ((parameter, value),) = ((n, p) for n, p in parameters.items() if n.endswith(".k"))
     assert parameter.startswith("neural.model.module.")
     found = potential(atoms())
     (slope,) = torch.autograd.grad(found, value)
@@ -267,6 +380,68 @@ def test_heads_of_mace():
     for head in ("third", 2, -1):
         with pytest.raises(InvalidInputError, match="head"):
             MACEModel(MACE(), head=head)
+
+
+def test_modals_of_sevennet():
+    model = several_modals()
+    first, second = (
+        neural_potential(SevenNetModel(model, modal=name), NUMBERS) for name in ("one", "two")
+    )
+    torch.testing.assert_close(second(atoms()), 2 * first(atoms()))
+    assert not model.is_batch_data
+    for one, modal in ((model, None), (model, "three"), (SevenNet(), "one")):
+        with pytest.raises(InvalidInputError, match="modal"):
+            SevenNetModel(one, modal=modal)
+
+
+def test_what_surrounds_a_model_of_matgl():
+    references = types.SimpleNamespace(
+        property_offset=torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    )
+    around = neural_potential(MatGLModel(MatGL(3.0, 0.25, references), KNOWN), NUMBERS)
+    alone = neural_potential(MatGLModel(MatGL(), KNOWN), NUMBERS)
+    frames = torch.stack([atoms(seed) for seed in range(3)])
+    shift = 96.48533212331 * (0.25 + 7.0 + 3 * 0.5 + 2.0)
+    torch.testing.assert_close(around(frames), 3 * alone(frames) + shift)
+
+
+@pytest.mark.parametrize("box", [None, SMALL, WIDE], ids=["open", "small", "wide"])
+def test_bonds_and_angles_of_chgnet(box):
+    """A bond is two opposite edges; an angle two different short edges from one atom."""
+    model = CHGNet()
+    potential = neural_potential(CHGNetModel(model), NUMBERS, pbc=box is not None)
+    frames = torch.stack([atoms(seed) for seed in range(2)])
+    h = None if box is None else torch.tensor(box, dtype=torch.float64)
+    inputs = potential.neural.inputs(frames, None if h is None else h.expand(2, 3, 3))
+    model.graphs = []
+    potential(frames, h)
+    (graph,) = model.graphs
+    bond, edges = graph.directed2undirected, range(len(inputs.first))
+    assert torch.bincount(bond).tolist() == [2] * (len(inputs.first) // 2)
+    rows = torch.cat([torch.stack([inputs.first, inputs.second], 1), inputs.shifts], 1)
+    for pair in (
+        (bond[None] == torch.arange(len(rows) // 2)[:, None]).nonzero()[:, 1].reshape(-1, 2)
+    ):
+        one, other = rows[pair].tolist()
+        assert other == [one[1], one[0], *(-s for s in one[2:])]
+    torch.testing.assert_close(
+        graph.bond_bases_ag[bond, 0], inputs.displacements.norm(dim=-1), rtol=1e-12, atol=0.0
+    )
+    short = (inputs.displacements.norm(dim=-1) < 2.5).tolist()
+    along = nn.functional.normalize(inputs.displacements, dim=-1)
+    wanted = sorted(
+        (int(inputs.first[i]), int(bond[i]), int(bond[j]), round(float(along[i] @ along[j]), 9))
+        for i in edges
+        for j in edges
+        if i != j and short[i] and short[j] and inputs.first[i] == inputs.first[j]
+    )
+    cosines = graph.angle_bases[:, 0].tolist()
+    found = [
+        (*row, round(c, 9))
+        for row, c in zip(graph.batched_bond_graph.tolist(), cosines, strict=True)
+    ]
+    assert wanted and len(found) == len(wanted)
+    np.testing.assert_allclose(sorted(found), wanted, atol=2e-9)
 
 
 def test_small_cells_of_torchmdnet():
@@ -295,6 +470,13 @@ def _with_own_indices():
         (lambda: TorchANIModel(_with_own_indices()), "periodic_table_index"),
         (lambda: NequIPModel(_Inner(), KNOWN), "cutoff"),
         (lambda: SchNetPackModel(nn.Linear(1, 1), units=ModelUnits()), "representation"),
+        (lambda: CHGNetModel(nn.Linear(1, 1)), "no bond_basis_expansion, .*CHGNet.load"),
+        (lambda: MatGLModel(nn.Linear(1, 1), KNOWN), "Potential"),
+        (lambda: MatGLModel(MatGL(), KNOWN[:2]), "elements: got 2, .* 3 element_types"),
+        (lambda: MatGLModel(MatGL(include_state=True), KNOWN), "depends on a state"),
+        (lambda: MatGLModel(MatGL(is_intensive=True), KNOWN), "is intensive"),
+        (lambda: MatGLModel(MatGL(calc_charge=True), KNOWN), "calc_charge=False"),
+        (lambda: SevenNetModel(nn.Linear(1, 1)), "AtomGraphSequential"),
         (lambda: TorchMDNetModel(nn.Linear(1, 1)), "cutoff_upper"),
         (lambda: TorchMDNetModel(_with_derivative()), "derivative=False"),
     ],

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mdgraft_openmm.export.evaluator import Evaluator
+from mdgraft_openmm.export.subset import of_some
 
-_CPU = torch.device("cpu")
 #: Role of the callback that gives the energy; the others give slopes in a global parameter.
 ENERGY = ""
 
@@ -49,6 +49,7 @@ class Callback:
         self._evaluator = weakref.ref(evaluator) if borrowed else lambda: evaluator
         self.role = role
         self.particles = tuple(particles)
+        self._rows = np.array(self.particles, dtype=np.intp)
 
     @property
     def evaluator(self) -> Evaluator:
@@ -63,43 +64,70 @@ class Callback:
 
         A ``PythonTorchForce`` hands over a tensor of positions and gets tensors back.
         """
-        function = self.evaluator.function
         try:
-            values = state.getParameters() if function.defaults else {}
-            box = None
-            if function.periodic:
-                box = torch.from_numpy(state.getPeriodicBoxVectors(asNumpy=True)._value)
-            if positions is None:
-                return self._numbers(state, box, values)
+            evaluator = self.evaluator
+            function = evaluator.function
+            values = {}
+            if function.defaults:
+                parameters = state.getParameters()
+                values = {name: parameters[name] for name in function.defaults}
+            box = box_of(state) if function.periodic else None
+            if positions is not None:
+                return self._tensors(positions, box, values)
+            positions = everything = positions_of(state)
+            if self.particles:
+                positions = everything[self._rows]
             if self.role != ENERGY:
-                slope = _finite(self.evaluator.slope(self.role, positions, box, values))
-                return slope, torch.zeros_like(positions)
-            found = self.evaluator(positions, box, values)
-            return found.energy, found.forces.to(positions.device, positions.dtype)
+                # Its factor is zero, see `with_derivatives`.
+                slope = evaluator.slope_of_arrays(self.role, positions, box, values)
+                return slope, np.zeros(everything.shape)
+            energy, forces = evaluator.energy_and_forces(positions, box, values)
+            if self.particles:
+                chosen, forces = forces, np.zeros(everything.shape)
+                forces[self._rows] = chosen
+            return energy, forces
         except Exception as error:
             # OpenMM keeps the text of an exception and drops its type.
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
-    def _numbers(self, state: Any, box: Any, values: Any) -> tuple[float, np.ndarray]:
-        positions = everything = state.getPositions(asNumpy=True)._value
-        if self.particles:
-            positions = everything[list(self.particles)]
-        x = torch.from_numpy(positions)
+    def _tensors(
+        self, positions: Tensor, box: np.ndarray | None, values: dict[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        h = None if box is None else torch.from_numpy(box)
         if self.role != ENERGY:
-            # Its factor is zero, see `with_derivatives`.
-            slope = _finite(self.evaluator.slope(self.role, x, box, values))
-            return slope.item(), np.zeros_like(everything)
-        found = self.evaluator(x, box, values)
-        forces = found.forces.to(_CPU, torch.float64).numpy()
-        if self.particles:
-            chosen, forces = forces, np.zeros_like(everything)
-            forces[list(self.particles)] = chosen
-        return found.energy.item(), forces
+            slope = _finite(self.evaluator.slope(self.role, positions, h, values))
+            return slope, torch.zeros_like(positions)
+        found = self.evaluator(positions, h, values)
+        return found.energy, found.forces.to(positions.device, positions.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         token = _token(self.evaluator)
         payload = _payload(self.evaluator) if self.role == ENERGY else None
         return load_callback, (token, self.role, self.particles, payload)
+
+
+def box_of(state: Any) -> np.ndarray:
+    """Box vectors of a State as rows ``(3, 3)`` [nm]."""
+    return np.array([(v.x, v.y, v.z) for v in state.getPeriodicBoxVectors()._value])
+
+
+def _public_positions(state: Any) -> np.ndarray:
+    """Positions of a State ``(N, 3)`` [nm]."""
+    found: np.ndarray = state.getPositions(asNumpy=True)._value
+    return found
+
+
+def _direct_positions(state: Any) -> np.ndarray:
+    """The same without a Quantity around them, which costs as much as all else together."""
+    found = np.empty((state._getNumParticles(), 3))
+    state._getVectorAsNumpy(_POSITIONS, found)
+    return found
+
+
+_POSITIONS = openmm.State.Positions
+positions_of = (
+    _direct_positions if hasattr(openmm.State, "_getVectorAsNumpy") else _public_positions
+)
 
 
 def _finite(slope: Tensor) -> Tensor:
@@ -168,7 +196,7 @@ def load_callback(token: str, role: str, particles: tuple[int, ...], payload: by
             where = None if torch.cuda.is_available() else "cpu"
             evaluator = torch.load(io.BytesIO(payload), map_location=where, weights_only=False)
             if where is not None:
-                evaluator.function.device = torch.device(where)
+                evaluator.move(torch.device(where))
         except Exception as error:
             return _Broken(
                 f"the module of this force cannot be loaded ({type(error).__name__}: {error}); "
@@ -218,10 +246,12 @@ def python_force(
     # OpenMM 8.5 has PythonForces of all particles only.
     by_openmm = hasattr(kind, "setParticles")
     callback = Callback(evaluator, role, () if by_openmm else chosen)
-    force = kind(callback, function.defaults)
+    force = (of_some(kind) if chosen else kind)(callback, function.defaults)
     force.setUsesPeriodicBoundaryConditions(function.periodic)
-    if chosen and by_openmm:
-        force.setParticles(chosen)
+    if chosen:
+        force.last_particle = max(chosen)
+        if by_openmm:
+            force.setParticles(chosen)
     # Nothing but the force holds on to its callback, so the entry goes when the force does.
     _HOLDERS[int(force.this)] = callback
     return force

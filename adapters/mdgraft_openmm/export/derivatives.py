@@ -11,6 +11,7 @@ from mdgraft import InvalidInputError, UnavailableBackendError
 
 from mdgraft_openmm.export.callbacks import ENERGY, python_force
 from mdgraft_openmm.export.evaluator import Evaluator
+from mdgraft_openmm.export.subset import of_some
 
 #: Names of the variables inside, kept from parameters by their prefix.
 _PREFIX = "mdgraft_"
@@ -63,7 +64,10 @@ def with_derivatives(
                 "name of letters, digits and underscores, or leave it out of parameter_derivatives"
             )
         terms.append(f"({name}-floor({name}*{_GRID!r})/{_GRID!r})*{_SLOPE}{i}")
-    force = openmm.CustomCVForce("+".join(terms))
+    kind_of_sum = of_some(openmm.CustomCVForce) if particles else openmm.CustomCVForce
+    force: openmm.CustomCVForce = kind_of_sum("+".join(terms))
+    if particles:
+        force.last_particle = max(particles)
     force.addCollectiveVariable(VARIABLE, python_force(evaluator, ENERGY, kind, particles))
     for i, name in enumerate(evaluator.slopes):
         slope = python_force(evaluator, name, kind, particles)

@@ -103,6 +103,8 @@ class EnergyFunction:
             return self._of_potential
         # torch.compile returns the same type of thing that it gets.
         call: Any = torch.compile(module) if self.compiled else module
+        if self.takes_box and not self.defaults:
+            return lambda x, box, values: call(x, box)
         if self.takes_box:
             return lambda x, box, values: call(x, box, **values)
         return lambda x, box, values: call(x, **values)

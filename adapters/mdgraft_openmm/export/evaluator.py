@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mdgraft import MDGraftWarning, NonConservativeForceWarning
 from torch import Tensor
 
+from mdgraft_openmm.export.checks import check_forces, check_slopes
 from mdgraft_openmm.export.energy import EnergyFunction
 
 
@@ -35,11 +34,11 @@ class Evaluation(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """Slopes of the last configuration that a host asked for, and its numbers bit by bit."""
+    """Slopes of the configuration whose energy a host asked for last, known bit by bit."""
 
     positions: bytes
-    box: bytes
-    values: Mapping[str, float]
+    box: bytes | None
+    values: dict[str, float]
     slopes: dict[str, float]
 
 
@@ -47,7 +46,8 @@ class Evaluator:
     """Evaluates an energy function inside of a host's own evaluation.
 
     The host may call with gradients turned off, in inference mode or on another thread; none of
-    these reaches the module, and no graph outlives the call.
+    these reaches the module, and no graph outlives the call. There are two ways in: tensors, and
+    arrays, which cost less.
 
     Parameters
     ----------
@@ -67,16 +67,17 @@ class Evaluator:
         self._unchecked = check
         self._last: tuple[list[Tensor], list[float], Evaluation] | None = None
         self._memory: _Memory | None = None
+        self._array_type = _array_type(function)
 
     def __call__(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
     ) -> Evaluation:
         """Evaluate positions ``(N, 3)`` [nm] in a box ``(3, 3)`` [nm], of any type and device.
 
-        Warnings are issued where `check_forces` or `check_slopes` find a reason.
+        Warnings are issued where `checks.check_forces` or `checks.check_slopes` find a reason.
         """
         if self._unchecked:
-            self._check(positions, box, values)
+            self.compare(positions, box, values)
         found = self.evaluate(positions, box, values)
         if self.slopes:
             inputs = [positions.clone()] if box is None else [positions.clone(), box.clone()]
@@ -105,31 +106,19 @@ class Evaluator:
     def _numbers(self, values: Mapping[str, float]) -> list[float]:
         return [values[name] for name in self.function.defaults]
 
-    def evaluate(
-        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
-    ) -> Evaluation:
-        """Evaluate without memory and without a check."""
-        function = self.function
-        with _Gradients():
-            # Tensors of inference mode cannot take part in gradients, and copies can.
-            x = positions.detach().clone().to(function.device, function.dtype)
-            h = None if box is None else box.clone().to(function.device, function.dtype)
-            energy, gradient, slopes = self._pass(x, h, values)
-            return Evaluation(energy.detach(), gradient.neg(), slopes)
-
     def energy_and_forces(
-        self, positions: np.ndarray, box: np.ndarray | None, values: Mapping[str, float]
+        self, positions: np.ndarray, box: np.ndarray | None, values: dict[str, float]
     ) -> tuple[float, np.ndarray]:
-        """What `__call__` gives, for a host that has arrays, as cheaply as can be.
+        """What a call gives, for a host that has arrays.
 
         Parameters
         ----------
         positions
-            ``(N, 3)`` [nm], float64. The module may keep them.
+            ``(N, 3)`` [nm], float64. They become the module's.
         box
-            ``(3, 3)`` [nm], float64.
+            ``(3, 3)`` [nm], float64. It becomes the module's.
         values
-            Global parameters by name.
+            Global parameters by name, and nothing else.
 
         Returns
         -------
@@ -137,171 +126,132 @@ class Evaluator:
             Energy [kJ/mol] and forces ``(N, 3)`` [kJ/mol/nm], float64.
         """
         if self._unchecked:
-            h = None if box is None else torch.from_numpy(box)
-            self._check(torch.from_numpy(positions), h, values)
+            h = None if box is None else torch.from_numpy(box.copy())
+            self.compare(torch.from_numpy(positions.copy()), h, values)
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            return self._of_arrays(positions, box, values)
-        with _Gradients():
-            return self._of_arrays(positions, box, values)
+            energy, forces, _ = self._of_arrays(positions, box, values)
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                energy, forces, _ = self._of_arrays(positions, box, values)
+        return energy, forces
 
-    def slope_and_forces(
+    def slope_of_arrays(
         self,
         name: str,
         positions: np.ndarray,
         box: np.ndarray | None,
-        values: Mapping[str, float],
+        values: dict[str, float],
     ) -> float:
-        """What `slope` gives, for a host that has arrays; a product of it with zero is zero."""
+        """What `slope` gives, for a host that has arrays; never NaN or infinite."""
         # One tuple, so that threads which share an evaluator cannot mix two configurations.
         memory = self._memory
         if (
-            memory is None
-            or memory.positions != positions.tobytes()
-            or memory.values != values
-            or (box is not None and memory.box != box.tobytes())
+            memory is not None
+            and memory.values == values
+            and memory.positions == positions.tobytes()
+            and (box is None or memory.box == box.tobytes())
         ):
-            self.energy_and_forces(positions, box, values)
-            memory = self._memory
-        assert memory is not None
-        return memory.slopes[name]
+            return memory.slopes[name]
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._of_arrays(positions, box, values)[2][name]
 
-    def check_forces(
-        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
-    ) -> None:
-        """Warn if forces near a configuration are not the gradient of the energy.
-
-        Differences of the energy along two directions, each half along the forces and half at
-        random, are compared with the work of the forces; both must disagree, since a pair that
-        crosses a cutoff without switching disturbs one.
-        """
-        try:
-            found = [self._along(positions, box, values, seed) for seed in range(2)]
-        except Exception:
-            # Not every frame is one that the module accepts; if this one is none, it will tell.
-            return
-        if all(abs(change - predicted) > allowed for change, predicted, allowed in found):
-            change, predicted, allowed = found[0]
-            warnings.warn(
-                "module: its forces are not the gradient of its energy. Along a direction in "
-                f"which they say that the energy changes by {predicted:.6g} kJ/mol/nm it changes "
-                f"by {change:.6g} kJ/mol/nm, with an error of at most {allowed:.2g}. Dynamics "
-                "will not conserve energy; look for a detach(), no_grad() or rounding inside, or "
-                "for forces that are predicted beside the energy",
-                NonConservativeForceWarning,
-                stacklevel=2,
-            )
-
-    def _along(
-        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float], seed: int
-    ) -> tuple[float, float, float]:
-        """Change of the energy along a direction, what forces say, and the error allowed."""
-        step, rtol = _STEPS[self.function.dtype]
-        random = torch.Generator("cpu").manual_seed(seed)
-        like: Any = {"generator": random, "dtype": torch.float64, "device": "cpu"}
-        noise = torch.randn(2, *positions.shape, **like)
-        # Away from minima and symmetric places, where forces vanish whether right or wrong.
-        start = positions.detach().to("cpu", torch.float64) + 20 * step * noise[0]
-        forces = self.evaluate(start, box, values).forces.to("cpu", torch.float64)
-        along = noise[1] / noise[1].norm()
-        if bool(forces.any()):
-            along = along + forces / forces.norm()
-        along = along / along.norm(dim=-1).max()
-
-        def energy(t: float) -> float:
-            return float(self.evaluate(start + t * step * along, box, values).energy)
-
-        near = {t: energy(t) for t in (-2, -1, 1, 2)}
-        rough = (near[1] - near[-1]) / (2 * step)
-        change = (4 * rough - (near[2] - near[-2]) / (4 * step)) / 3
-        rounding = torch.finfo(self.function.dtype).eps * max(map(abs, near.values())) / step
-        scale = max(float(forces.norm() * along.norm()), abs(change))
-        allowed = rtol * scale + 3 * abs(change - rough) + 30 * rounding
-        return change, -float((forces * along).sum()), allowed
-
-    def check_slopes(
-        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
-    ) -> None:
-        """Warn if slopes are not the derivatives of the energy in global parameters.
-
-        Parameters whose slope is zero are moved together, so that one that the module took out of
-        the graph is not lost among others, and so are all others; one by one if that finds a
-        difference.
-        """
+    def _of_arrays(
+        self, positions: np.ndarray, box: np.ndarray | None, values: dict[str, float]
+    ) -> tuple[float, np.ndarray, dict[str, float]]:
+        """Energy, forces and slopes; the latter are remembered."""
+        h = None if box is None else self._tensor(box)
         if not self.slopes:
-            return
-        slopes = {n: float(s) for n, s in self.evaluate(positions, box, values).slopes.items()}
-        wrong = []
-        for chosen in (
-            {n: s for n, s in slopes.items() if s == 0.0},
-            {n: s for n, s in slopes.items() if s != 0.0 and math.isfinite(s)},
-        ):
-            if not chosen or self._wrong(positions, box, values, chosen, 1.0) is None:
-                continue
-            for name, slope in chosen.items():
-                # A large step may meet something else, and a small one is lost in rounding.
-                one = {name: slope}
-                found = [self._wrong(positions, box, values, one, f) for f in (1.0, 0.01)]
-                if None not in found:
-                    wrong.append(f"{name!r} ({slope:.6g} instead of about {found[0]:.6g} kJ/mol)")
-        if wrong:
-            warnings.warn(
-                "module: its derivatives in some global parameters are not those of its energy: "
-                f"{', '.join(wrong)}. Look for a detach(), float() or item() inside, or do without "
-                "such derivatives by parameter_derivatives=False",
-                MDGraftWarning,
-                stacklevel=2,
-            )
+            energy, gradient, forces, _ = self._pass(self._tensor(positions), h, values)
+            slopes = {}
+        else:
+            # What the module does to its positions must not change what they are known by.
+            known = positions.tobytes(), None if box is None else box.tobytes()
+            energy, gradient, forces, found = self._pass(self._tensor(positions), h, values)
+            slopes = dict(zip(self.slopes, map(_finite, found), strict=True))
+            self._memory = _Memory(*known, values, slopes)
+        if gradient is None:
+            assert forces is not None
+            return energy.item(), forces.to("cpu", torch.float64).resolve_neg().numpy(), slopes
+        if self._array_type is None:
+            return energy.item(), gradient.to("cpu", torch.float64).neg().numpy(), slopes
+        array = np.negative(gradient.resolve_neg().numpy(), dtype=np.float64)
+        return energy.item(), array, slopes
 
-    def _wrong(
-        self,
-        positions: Tensor,
-        box: Tensor | None,
-        values: Mapping[str, float],
-        slopes: Mapping[str, float],
-        factor: float,
-    ) -> float | None:
-        """Slope of the energy along parameters, if their slopes say something else.
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """A tensor of the module's kind, which shares the memory of an array if it can."""
+        if self._array_type is None:
+            return torch.from_numpy(array).to(self.function.device, self.function.dtype)
+        return torch.from_numpy(array.astype(self._array_type, copy=False))
 
-        At a kink, such as where a parameter is clamped, either side may be right.
-        """
-        step, rtol = _STEPS[self.function.dtype]
-        step *= 10 * factor
-        # Not all alike, so that what is wrong cannot cancel.
-        along = {
-            name: (1 + i / 3) * step * (abs(values[name]) or 1.0) for i, name in enumerate(slopes)
-        }
+    def evaluate(
+        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
+    ) -> Evaluation:
+        """Evaluate without memory and without a check."""
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._of_tensors(positions, box, values)
+        with torch.inference_mode(False), torch.enable_grad():
+            # Tensors of inference mode cannot take part in gradients, and copies can.
+            copied = None if box is None else box.clone()
+            return self._of_tensors(positions.clone(), copied, values)
 
-        def energy(t: int) -> float:
-            moved = {name: values[name] + t * shift for name, shift in along.items()}
-            try:
-                return float(self.evaluate(positions, box, {**values, **moved}).energy)
-            except Exception:
-                # Beyond what the module accepts.
-                return math.nan
+    def _of_tensors(
+        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
+    ) -> Evaluation:
+        dtype, device = self.function.dtype, self.function.device
+        x = positions.detach().to(device, dtype)
+        h = None if box is None else box.to(device, dtype)
+        energy, gradient, forces, slopes = self._pass(x, h, values)
+        if forces is None:
+            assert gradient is not None
+            forces = gradient.neg()
+        return Evaluation(energy.detach(), forces, dict(zip(self.slopes, slopes, strict=True)))
 
-        near = {t: energy(t) for t in (-2, -1, 0, 1, 2)}
-        rough = (near[1] - near[-1]) / 2
-        changes = [(4 * rough - (near[2] - near[-2]) / 4) / 3]
-        changes += [s * (4 * near[s] - near[2 * s] - 3 * near[0]) / 2 for s in (1, -1)]
-        parts = [slopes[name] * shift for name, shift in along.items()]
-        change = min(filter(math.isfinite, changes), key=lambda c: abs(c - sum(parts)), default=0.0)
-        rounding = torch.finfo(self.function.dtype).eps * max(map(abs, near.values()))
-        scale = max(math.hypot(*parts), abs(change))
-        allowed = rtol * scale + 3 * abs(changes[0] - rough) + 30 * rounding
-        wrong = abs(change - sum(parts)) > allowed
-        return change / sum(along.values()) if wrong else None
+    def _pass(
+        self, x: Tensor, h: Tensor | None, values: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]:
+        """Energy, its gradient or else the module's own forces, and slopes."""
+        # Makes this thread take the number of threads that torch was told.
+        torch.get_num_threads()
+        x.requires_grad_()
+        function, slopes = self.function, self.slopes
+        if not function.defaults:
+            energy, forces = function(x, h, {})
+            if forces is not None:
+                return energy, None, forces.detach(), ()
+            return energy, _gradients(energy, [x])[0], None, ()
+        scalars = {name: self._tensor(np.array(values[name])) for name in function.defaults}
+        wanted = [scalars[name].requires_grad_() for name in slopes]
+        energy, forces = function(x, h, scalars)
+        if forces is not None:
+            return energy, None, forces.detach(), _gradients(energy, wanted)
+        gradient, *found = _gradients(energy, [x, *wanted])
+        return energy, gradient, None, found
+
+    def compare(self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]) -> None:
+        """Compare energy, forces and slopes with each other; not again on first use then."""
+        self._unchecked = False
+        check_forces(self, positions, box, values)
+        check_slopes(self, positions, box, values)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_unchecked": self.check}
+        return {**self.__dict__, "_last": None, "_memory": None, "_unchecked": self.check}
+
+    def move(self, device: torch.device) -> None:
+        """Evaluate on this device, where the module is now."""
+        self.function.device = device
+        self._array_type = _array_type(self.function)
 
 
-#: Displacement [nm] of a difference, and relative tolerance, by precision.
-_STEPS = {
-    torch.float64: (1e-4, 2e-3),
-    torch.float32: (1e-3, 1e-2),
-    torch.float16: (1e-2, 0.2),
-    torch.bfloat16: (1e-2, 0.2),
+#: Types of arrays by those of tensors.
+_ARRAYS: dict[torch.dtype, type[np.floating[Any]]] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
 }
+
+
+def _array_type(function: EnergyFunction) -> type[np.floating[Any]] | None:
+    """Type of arrays that can share memory with the tensors that a module gets; None if none."""
+    return _ARRAYS.get(function.dtype) if function.device.type == "cpu" else None
 
 
 def _gradients(energy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -310,3 +260,12 @@ def _gradients(energy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(t) for t in inputs]
     found = torch.autograd.grad(energy, inputs, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+
+def _finite(slope: Tensor) -> float:
+    """The nearest number, so that its product with zero is zero."""
+    number = float(slope)
+    if math.isfinite(number):
+        return number
+    largest = sys.float_info.max
+    return largest if math.isnan(number) else math.copysign(largest, number)

@@ -134,7 +134,9 @@ def _text(
         lines.append(f"    assert positions.shape[0] == {count}, {complaint!r}")
     lines.append(f"    x = {chosen}.to({dtype})")
     if not forces:
-        lines.append(f"    return {call}.reshape([])")
+        lines.append(f"    energy = {call}")
+        # One more step in the graph, which most need not take.
+        lines.append("    return energy if energy.dim() == 0 else energy.reshape([])")
     else:
         lines.append(f"    energy, forces = {call}")
         spread = "forces.to(positions.dtype)"

@@ -54,8 +54,8 @@ def to_force(
         ``(energy, forces)`` with forces ``(N, 3)`` [kJ/mol/nm]; otherwise they are the gradient.
         A model without a box may leave that argument out.
     particles
-        Particles that the module gets, in this order; all by default. Nobody compares them with
-        the size of the System: an index beyond it can end the process.
+        Particles that the module gets, in this order; all by default. They are compared with the
+        System to which the force is added, so add its particles first.
     periodic
         Whether the module gets the box, and OpenMM may wrap positions.
     global_parameters

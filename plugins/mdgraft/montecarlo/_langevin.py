@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
-from mdgraft.montecarlo.moves.base import AbstractGaussianMove, Noise, Proposal, normal
+from mdgraft.montecarlo.moves.base import (
+    AbstractGaussianMove,
+    Noise,
+    Proposal,
+    check_all_move,
+    normal,
+)
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
 
@@ -42,16 +48,15 @@ class AbstractLangevinMove(AbstractGaussianMove):
 
     def check(self, state: ChainState, target: Target) -> None:
         """Raise for masses of other particles, or numbers of molecules that vary."""
-        if state.n_particles == 0:
-            raise InvalidInputError(f"{self.name}: the state has no particles to move")
-        if state.present is not None:
-            raise InvalidInputError(
-                f"{self.name}: moves all particles, but here some may be absent; use Translation"
-            )
+        check_all_move(self, state)
         if self.mass is not None and self.mass.shape != (state.n_particles,):
             raise InvalidInputError(
                 f"mass: got shape {tuple(self.mass.shape)}, wanted ({state.n_particles},)"
             )
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """None: every particle moves."""
+        return torch.zeros(len(pairs), dtype=torch.bool)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """``normal`` is ``(C, N, 3)``."""

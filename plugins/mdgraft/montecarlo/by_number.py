@@ -11,6 +11,7 @@ from mdgraft._errors import InvalidInputError
 from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.potentials import Potential
+from mdgraft.potentials.held import Held
 
 
 class PotentialByNumber:
@@ -69,6 +70,21 @@ class PotentialByNumber:
                 )
             self.potentials[n] = made
         return self.potentials[n]
+
+    @property
+    def held(self) -> Held | None:
+        """What the host of the potential of one molecule holds fixed, for every place."""
+        one = self.potential(1).held
+        if one is None:
+            return None
+        places = [one.shifted(torch.cat((self._fixed, place))) for place in self._groups.index]
+        lengths = {
+            (int(i), int(j)): float(length)
+            for held in places
+            for (i, j), length in zip(held.pairs, held.lengths, strict=True)
+        }
+        pinned = torch.cat([held.pinned for held in places])
+        return Held.of(list(lengths), list(lengths.values()), pinned.tolist())
 
     def __call__(self, state: ChainState) -> Tensor:
         """Energies ``(C,)`` [kJ/mol]."""

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft._units import BOLTZMANN
-from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
+from mdgraft.montecarlo._counts import checked_trajectory
+from mdgraft.montecarlo.moves.base import (
+    AbstractMove,
+    Noise,
+    Proposal,
+    check_all_move,
+    normal,
+    uniform,
+)
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
 
@@ -52,11 +60,7 @@ class HMC(AbstractMove):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name, scale=scale)
-        if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-            raise InvalidInputError(f"n_steps: got {n_steps!r}, wanted an integer above zero")
-        if not 0.0 <= jitter < 1.0:
-            raise InvalidInputError(f"jitter: got {jitter!r}, wanted a fraction of the time step")
-        self.n_steps, self.jitter = n_steps, float(jitter)
+        self.n_steps, self.jitter = checked_trajectory(n_steps, jitter)
         self.mass = torch.as_tensor(mass, dtype=torch.float64)
         self._factor: Tensor | None = None
         if self.mass.ndim == 2:
@@ -71,16 +75,15 @@ class HMC(AbstractMove):
     def check(self, state: ChainState, target: Target) -> None:
         """Raise for masses of other particles, or numbers of molecules that vary."""
         n = state.n_particles
-        if n == 0:
-            raise InvalidInputError(f"{self.name}: the state has no particles to move")
-        if state.present is not None:
-            raise InvalidInputError(
-                f"{self.name}: moves all particles, but here some may be absent; use Translation"
-            )
+        check_all_move(self, state)
         if self.mass.shape not in ((), (n,), (3 * n, 3 * n)):
             raise InvalidInputError(
                 f"mass: got shape {tuple(self.mass.shape)}, wanted (), ({n},) or ({3 * n}, {3 * n})"
             )
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """None: every particle moves."""
+        return torch.zeros(len(pairs), dtype=torch.bool)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Normal numbers ``(C, N, 3)`` for the velocities, and ``(C,)`` for the time step."""

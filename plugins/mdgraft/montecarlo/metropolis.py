@@ -6,14 +6,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError, WrongEnsembleError
 from mdgraft.ensembles.recompute import leaves_of
 from mdgraft.montecarlo._archive import load_tensors, save_tensors
+from mdgraft.montecarlo._arrays import ArrayChains, MovesArrays, work_on_arrays
+from mdgraft.montecarlo._counts import checked_count
+from mdgraft.montecarlo._holding import Holding
 from mdgraft.montecarlo.moves.base import AbstractMove, uniform
+from mdgraft.montecarlo.moves.mixture import Mixture
 from mdgraft.montecarlo.samples import Samples, Update
 from mdgraft.montecarlo.state import PATHWISE, ChainState
 from mdgraft.montecarlo.target import Target
@@ -81,6 +87,9 @@ class Metropolis:
     ------
     InvalidInputError
         If target, moves and state do not fit together, or an energy at the start is not finite.
+    WrongEnsembleError
+        If a variable of the target is changed by no move, or if a move changes distances, or moves
+        particles, that the host of the energy holds fixed.
     UnsupportedDerivativeError
         If positions, activities or the scale of a move require a gradient.
     """
@@ -117,6 +126,7 @@ class Metropolis:
         else:
             self._generator.manual_seed(0 if seed is None else seed)
         self._state, self._leaves = _start(target, state)
+        self._holding = Holding(target, self._components, self._state)
         self._versions = _versions(target, self._leaves)
         self._initial_scales = [m.scale.clone() if m.has_scale else None for m in self._components]
         self._adaptations = [0] * len(self._components)
@@ -145,7 +155,6 @@ class Metropolis:
         """Whether every move is accepted or rejected; otherwise samples are biased."""
         return all(move.adjusted for move in self._components)
 
-    @torch.no_grad()
     def step(self, *, adapt: bool = False) -> tuple[Update, ...]:
         """One step of every chain.
 
@@ -159,8 +168,49 @@ class Metropolis:
         tuple of Update
             One for each update, in order.
         """
-        done = []
         self._renew()
+        with torch.no_grad():
+            return self._stepped(adapt)
+
+    def _arrays(self) -> ArrayChains | None:
+        """The chains as arrays, where energy and moves work on these; the steps are the same."""
+        if self._holding.watches or not work_on_arrays(self.target, self.moves, self._state):
+            return None
+        return ArrayChains(self.target, self._state)
+
+    def _advance(self, n_steps: int, arrays: ArrayChains | None) -> None:
+        """Steps of which nothing is kept but the last state."""
+        if arrays is None:
+            for _ in range(n_steps):
+                self._stepped(adapt=False)
+            return
+        done = 0
+        try:
+            while done < n_steps:
+                for move in self.moves.updates:
+                    self._update_arrays(move, arrays)
+                done += 1
+        finally:
+            self._state = arrays.state(self._state.step + done)
+
+    def _update_arrays(self, move: AbstractMove, arrays: ArrayChains) -> None:
+        """One update of the chains as arrays, counted."""
+        on_arrays = cast(MovesArrays, move)
+        if not isinstance(move, Mixture):
+            row = self._rows[id(move)]
+            arrays.update(on_arrays, self._generator, self._acceptances[row].numpy())
+            self._rounds[row] += 1
+            return
+        accepted = np.zeros(self._state.n_chains, dtype=np.int64)
+        choice = move.choice(arrays.update(on_arrays, self._generator, accepted)).numpy()
+        for k, part in enumerate(move.components):
+            row, mine = self._rows[id(part)], choice == k
+            attempts, acceptances = self._attempts[row].numpy(), self._acceptances[row].numpy()
+            attempts += mine
+            acceptances += mine * accepted
+
+    def _stepped(self, adapt: bool) -> tuple[Update, ...]:
+        done = []
         for move in self.moves.updates:
             # A scale that is adapted later must not change what was recorded.
             used = move.copied() if adapt else move
@@ -168,6 +218,7 @@ class Metropolis:
             u = uniform(self._state, self._generator)
             result = transition(self._state, used, self.target, noise, u)
             self._state = result.after
+            self._holding.look(move, self._state)
             self._count(move, result)
             if adapt:
                 self._adapt(move, result)
@@ -187,8 +238,13 @@ class Metropolis:
             stochastic approximation (Robbins and Monro, 1951) with steps ``2 / k^0.6``. The scales
             stay fixed afterwards: a chain whose scale depends on its past has another law.
         """
-        for _ in range(_count("n_steps", n_steps, 0)):
-            self.step(adapt=adapt)
+        self._renew()
+        with torch.no_grad():
+            if adapt:
+                for _ in range(checked_count("n_steps", n_steps, 0)):
+                    self._stepped(adapt)
+            else:
+                self._advance(checked_count("n_steps", n_steps, 0), self._arrays())
         self.reset_statistics()
 
     def sample(
@@ -210,17 +266,22 @@ class Metropolis:
         InvalidInputError
             If the records would take more memory than allowed.
         """
-        wanted, stride = _count("n_samples", n_samples, 1), _count("stride", stride, 1)
+        wanted, stride = checked_count("n_samples", n_samples), checked_count("stride", stride)
         states: list[ChainState] = []
         updates: list[Update] = []
-        for _ in range(wanted):
-            for _ in range(stride):
-                found = self.step()
-                if record is not None:
-                    if not updates:
-                        _check_memory(found, wanted * stride, record)
-                    updates.extend(found)
-            states.append(self._state.replace(forces=None))
+        self._renew()
+        with torch.no_grad():
+            arrays = None if record is not None else self._arrays()
+            for _ in range(wanted):
+                if record is None:
+                    self._advance(stride, arrays)
+                else:
+                    for _ in range(stride):
+                        found = self._stepped(adapt=False)
+                        if not updates:
+                            _check_memory(found, wanted * stride, record)
+                        updates.extend(found)
+                states.append(self._state.replace(forces=None))
         return Samples(
             states=states,
             target=self.target,
@@ -235,10 +296,11 @@ class Metropolis:
     def statistics(self) -> Mapping[str, MoveStatistics]:
         """Attempts and acceptances of each move by name, since the last reset."""
         return {
-            move.name: MoveStatistics(attempts=attempts.clone(), acceptances=acceptances.clone())
-            for move, attempts, acceptances in zip(
-                self._components, self._attempts, self._acceptances, strict=True
+            move.name: MoveStatistics(
+                attempts=self._attempts[k] + self._rounds[k],
+                acceptances=self._acceptances[k].clone(),
             )
+            for k, move in enumerate(self._components)
         }
 
     @property
@@ -248,22 +310,23 @@ class Metropolis:
 
     def reset_statistics(self) -> None:
         """Set all counts to zero."""
-        shape = (len(self._components), self._state.n_chains)
-        device = self._state.positions.device
-        self._attempts = torch.zeros(shape, dtype=torch.long, device=device)
-        self._acceptances = torch.zeros(shape, dtype=torch.long, device=device)
+        none = self._state.positions.new_zeros(self._state.n_chains, dtype=torch.long)
+        self._attempts = [none.clone() for _ in self._components]
+        self._acceptances = [none.clone() for _ in self._components]
+        #: Attempts of all chains together, which need no tensor.
+        self._rounds = [0] * len(self._components)
 
     def _count(self, move: AbstractMove, result: Transition) -> None:
         components = move.components
         for k, component in enumerate(components):
             row = self._rows[id(component)]
             if len(components) == 1:
-                self._attempts[row] += 1
-                self._acceptances[row] += result.accepted
+                self._rounds[row] += 1
+                self._acceptances[row].add_(result.accepted)
             else:
                 mine = result.component == k
-                self._attempts[row] += mine
-                self._acceptances[row] += mine & result.accepted
+                self._attempts[row].add_(mine)
+                self._acceptances[row].add_(mine & result.accepted)
 
     def _adapt(self, update: AbstractMove, result: Transition) -> None:
         probability = result.log_alpha.clamp(max=0.0).exp().nan_to_num(0.0)
@@ -299,7 +362,7 @@ class Metropolis:
         found = {_STATE + name: value for name, value in self.state.state_dict().items()}
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
-            found[prefix + "attempts"] = self._attempts[k].clone()
+            found[prefix + "attempts"] = self._attempts[k] + self._rounds[k]
             found[prefix + "acceptances"] = self._acceptances[k].clone()
             if move.has_scale:
                 found[prefix + "scale"] = move.scale.detach().clone()
@@ -333,10 +396,13 @@ class Metropolis:
         device = self._state.positions.device
         self._generator.set_state(state.generator_state.cpu())
         self._state = _loaded(self.target, state.to(device))
+        self._holding = Holding(self.target, self._components, self._state)
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
-            self._attempts[k] = values[prefix + "attempts"].to(device)
-            self._acceptances[k] = values[prefix + "acceptances"].to(device)
+            # Counting goes on in place.
+            self._attempts[k] = values[prefix + "attempts"].to(device, copy=True)
+            self._acceptances[k] = values[prefix + "acceptances"].to(device, copy=True)
+            self._rounds[k] = 0
             if move.has_scale:
                 move.rescale(float(values[prefix + "scale"]))
                 self._adaptations[k] = int(values[prefix + "adaptations"])
@@ -418,9 +484,3 @@ def _check_memory(updates: Sequence[Update], n_steps: int, record: Recording) ->
             f"{record.max_bytes / 2**20:.0f} MiB; take fewer steps, raise max_bytes, or use the "
             "updates that step() returns one by one"
         )
-
-
-def _count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidInputError(f"{name}: got {value!r}, wanted an integer of at least {least}")
-    return value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError
 from mdgraft.montecarlo._archive import load_tensors, save_tensors
+from mdgraft.montecarlo._counts import checked_count
 
 _DISCRETE = "discrete."
 
@@ -87,8 +88,7 @@ class ChainState:
         present
             ``(S,)`` booleans, or None.
         """
-        if isinstance(n_chains, bool) or not isinstance(n_chains, int) or n_chains < 1:
-            raise InvalidInputError(f"n_chains: got {n_chains!r}, wanted an integer above zero")
+        checked_count("n_chains", n_chains)
 
         def repeated(name: str, value: Tensor) -> Tensor:
             if not torch.is_tensor(value):
@@ -148,6 +148,10 @@ class ChainState:
 
         Energies or forces that either state lacks are lacking in the result.
         """
+        if len(mask) == 1:
+            # Nothing has to be copied.
+            taken = bool(mask)
+            return self._join(other, lambda mine, others: others if taken else mine)
 
         def chosen(mine: Tensor, others: Tensor) -> Tensor:
             return torch.where(mask.reshape(-1, *[1] * (mine.ndim - 1)), others, mine)

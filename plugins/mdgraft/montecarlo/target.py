@@ -16,6 +16,7 @@ from mdgraft.ensembles.recompute import leaves_of
 from mdgraft.kernels.periodic import volume
 from mdgraft.montecarlo.state import PATHWISE, ChainState
 from mdgraft.potentials import Potential
+from mdgraft.potentials.held import Held
 
 #: A potential, or anything that maps the state of C chains to energies ``(C,)`` [kJ/mol].
 EnergyLike = Potential | Callable[[ChainState], Tensor]
@@ -52,6 +53,10 @@ class Target:
         ``ln z`` of every place for a molecule, ``()`` or ``(S,)``, with ``z = exp(beta mu) /
         Lambda^3`` [1/nm^3] (for sites of a lattice, no unit); None for a fixed number of
         molecules. A rigid molecule's z includes its rotational partition function.
+    ignore_constraints
+        Sample the positions of all particles, whatever a host holds fixed. By default a sampler
+        refuses moves that change distances which the energy's host constrains, or move particles
+        which it keeps in place (see `held`).
 
     Raises
     ------
@@ -68,6 +73,7 @@ class Target:
         temperature: Any,
         pressure: Any = None,
         log_activity: float | Tensor | None = None,
+        ignore_constraints: bool = False,
     ) -> None:
         if not callable(energy):
             raise InvalidInputError(
@@ -77,6 +83,7 @@ class Target:
         self.energy = energy
         self.temperature = _temperature(temperature)
         self.pressure = _pressure(pressure)
+        self.ignore_constraints = ignore_constraints
         self.log_activity: Tensor | None = None
         if log_activity is not None:
             value = torch.as_tensor(log_activity, dtype=torch.float64)
@@ -98,6 +105,15 @@ class Target:
         """Virtual sites of the energy, which follow the particles; None if it has none."""
         found = getattr(self.energy, "sites", None)
         return found if isinstance(found, VirtualSites) else None
+
+    @property
+    def held(self) -> Held | None:
+        """What the host of the energy holds fixed, as far as it is known; None for nothing.
+
+        A grafted `Potential` and a host's own energy know it, a function of yours does not.
+        """
+        found = getattr(self.energy, "held", None)
+        return found if isinstance(found, Held) else None
 
     def placed(self, state: ChainState) -> ChainState:
         """The same state with virtual sites where they belong; energies do not depend on that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def transition(
         If an energy is NaN or ``-inf``.
     """
     if state.energies is None:
-        state = state.replace(energies=_checked(target.energies(state), "of the present state"))
+        state = state.replace(energies=checked(target.energies(state), "of the present state"))
     proposal = move.apply(state, noise, target)
     before = state if proposal.before is None else proposal.before
     # Virtual sites have no say in a proposal: they follow.
@@ -95,12 +96,11 @@ def _proposed_energies(
     target: Target,
 ) -> Tensor:
     """Energies of the proposals, computed where they are neither known nor beside the point."""
-    possible = log_ratio > -torch.inf
-    all_possible = bool(possible.all())
-    if all_possible and known is None:
+    if known is None and _all_above(log_ratio):
         energies = target.energies(proposed) if proposed.energies is None else proposed.energies
-        return _checked(energies, "of a proposal")
+        return checked(energies, "of a proposal")
     assert before.energies is not None
+    possible = log_ratio > -torch.inf
     if known is None:
         known = torch.full_like(possible, proposed.energies is not None)
     found = before.energies if proposed.energies is None else proposed.energies
@@ -110,15 +110,20 @@ def _proposed_energies(
         energies = target.energies(proposed)
     elif len(rows):
         energies = energies.index_copy(0, rows, target.energies(proposed[rows]))
-    return _checked(energies, "of a proposal")
+    return checked(energies, "of a proposal")
 
 
-def _checked(energies: Tensor, which: str) -> Tensor:
-    good = energies > -torch.inf  # False for NaN as well.
-    if not bool(good.all()):
-        chain = int((~good).nonzero()[0])
+def checked(energies: Tensor, which: str) -> Tensor:
+    """Energies ``(C,)``, none of which is NaN or ``-inf``; others raise `SimulationError`."""
+    if not _all_above(energies):
+        chain = int((~(energies > -torch.inf)).nonzero()[0])
         raise SimulationError(
             f"energy: that {which} of chain {chain} is {float(energies[chain].detach())}; let the "
             "energy return +inf where a configuration is impossible, or make smaller moves"
         )
     return energies
+
+
+def _all_above(values: Tensor) -> bool:
+    """Whether all are above minus infinity, and none is NaN."""
+    return float(values.detach().min()) > -math.inf

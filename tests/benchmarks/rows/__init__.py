@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from timing import Result, Settings
 
-from rows import constraints, export, frames, growth, single, startup, trajectory, water
+from rows import constraints, export, frames, growth, montecarlo, single, startup, trajectory, water
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,5 +34,6 @@ ROWS: dict[str, Row] = {
     "growth": Row(growth.growth),
     "constraints": Row(constraints.constraints),
     "export": Row(export.export),
+    "montecarlo": Row(montecarlo.montecarlo, per_dtype=False),
     "startup": Row(startup.startup, per_dtype=False),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import mdgraft
@@ -40,21 +40,7 @@ def export(settings: Settings) -> Iterator[Result]:
         positions = np.random.default_rng(1).normal(size=(n_atoms, 3))
         masses = [12.0] * n_atoms
         if availability.python_force_fault() is None:
-            sides = {
-                "theirs": openmm.PythonForce(_by_hand(network, dtype)),
-                "ours": to_force(network, backend=backends.PythonForce()),
-            }
-            yield _result("network", "PythonForce", sides, masses, positions, None, settings)
-            sides = {
-                "theirs": openmm.PythonForce(_by_hand(network, dtype)),
-                "ours": to_force(
-                    lambda x, box, scale: scale * network(x, box),
-                    global_parameters={"scale": 1.0},
-                    parameter_derivatives=True,
-                    dtype=dtype,
-                ),
-            }
-            yield _result("with dE/dp", "PythonForce", sides, masses, positions, None, settings)
+            yield from _python_forces(network, dtype, masses, positions, settings)
         if availability.torch_force_fault("CPU") is None:
             sides = {
                 "theirs": _torch_force(network, dtype),
@@ -63,6 +49,37 @@ def export(settings: Settings) -> Iterator[Result]:
             yield _result("network", "TorchForce", sides, masses, positions, None, settings)
     if availability.python_force_fault() is None:
         yield _potential(settings)
+
+
+def _python_forces(
+    network: Network,
+    dtype: torch.dtype,
+    masses: list[float],
+    positions: np.ndarray,
+    settings: Settings,
+) -> Iterator[Result]:
+    """The network alone, in a box, and with a global parameter, of which by hand nobody can have
+    the derivative."""
+
+    def scaled(x: torch.Tensor, box: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+        return scale * network(x, box)
+
+    cases: dict[str, tuple[Callable[..., torch.Tensor], dict[str, Any]]] = {
+        "network": (network, {}),
+        "periodic": (network, {"periodic": True}),
+        "with p": (scaled, {"global_parameters": {"scale": 1.0}, "parameter_derivatives": False}),
+        "with dE/dp": (scaled, {"global_parameters": {"scale": 1.0}}),
+    }
+    for what, (energy, options) in cases.items():
+        parameters = options.get("global_parameters", {})
+        box = 30.0 * np.eye(3) if options.get("periodic") else None
+        by_hand = openmm.PythonForce(
+            _by_hand(energy, dtype, parameters, box is not None), parameters
+        )
+        by_hand.setUsesPeriodicBoundaryConditions(box is not None)
+        ours = to_force(energy, backend=backends.PythonForce(), dtype=dtype, **options)
+        sides: dict[str, openmm.Force] = {"theirs": by_hand, "ours": ours}
+        yield _result(what, "PythonForce", sides, masses, positions, box, settings)
 
 
 def _potential(settings: Settings) -> Result:
@@ -82,14 +99,24 @@ def _potential(settings: Settings) -> Result:
     return _result("potential", "PythonForce", sides, masses, case.positions, case.box, settings)
 
 
-def _by_hand(energy: Callable[..., torch.Tensor], dtype: torch.dtype) -> Callable[..., Any]:
+def _by_hand(
+    energy: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    parameters: Collection[str] = (),
+    periodic: bool = False,
+) -> Callable[..., Any]:
     """What a user writes."""
 
     def compute(state: openmm.State) -> tuple[float, np.ndarray]:
         positions = torch.tensor(
             state.getPositions(asNumpy=True)._value, dtype=dtype, requires_grad=True
         )
-        value = energy(positions, None)
+        box = None
+        if periodic:
+            box = torch.tensor(state.getPeriodicBoxVectors(asNumpy=True)._value, dtype=dtype)
+        values = state.getParameters() if parameters else {}
+        scalars = {name: torch.tensor(values[name], dtype=dtype) for name in parameters}
+        value = energy(positions, box, **scalars)
         (slope,) = torch.autograd.grad(value, positions)
         return value.item(), -slope.double().numpy()
 

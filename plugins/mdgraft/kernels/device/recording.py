@@ -221,7 +221,7 @@ class Recording:
             None if this recording cannot be used any more.
         """
         with self._lock, torch.no_grad():
-            torch._foreach_copy_(self._inputs, [t.detach() for t in inputs])
+            torch._foreach_copy_(self._inputs, list(inputs))
             self._replay()
             # The host has this done while the device is still at work.
             found = Outputs(self._outputs.clone(), self._shapes)

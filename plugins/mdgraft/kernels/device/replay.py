@@ -174,8 +174,8 @@ class Session:
         return Outputs.of(function(every))
 
     def _first(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        leaves = _leaves(inputs, self.needed)
         with torch.enable_grad():
+            leaves = _leaves(inputs, self.needed)
             energy = self.function(leaves)
             return [energy, *_slopes(energy, _chosen(leaves, self.needed))]
 
@@ -192,7 +192,8 @@ class Session:
         n = len(inputs)
 
         def products(tensors: Sequence[Tensor]) -> list[Tensor]:
-            leaves = _leaves(tensors[:n], self.needed)
+            with torch.enable_grad():
+                leaves = _leaves(tensors[:n], self.needed)
             return self.products(given, wanted, leaves, tensors[n:])
 
         return self._found((self._key, given, wanted), products, [*inputs, *directions])
@@ -227,7 +228,9 @@ class Session:
 
 
 def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-    return [t.detach().requires_grad_(on) for t, on in zip(inputs, needed, strict=True)]
+    """Inputs without their graphs, as views, since nodes of leaves complain of many streams."""
+    leaves = [t.detach().requires_grad_(on) for t, on in zip(inputs, needed, strict=True)]
+    return [t.view_as(t) for t in leaves]
 
 
 def _chosen(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor]:
@@ -269,8 +272,8 @@ class _Energy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (weight,) = grad_outputs
         needed = ctx.session.needed
-        asked = _needed(ctx, needed)
         if torch.is_grad_enabled():
+            asked = _needed(ctx, needed)
             slopes = _spread(list(ctx.found.views())[1:], needed)
             apply: Any = _Slopes.apply
             found = apply(
@@ -281,8 +284,7 @@ class _Energy(torch.autograd.Function):
                 *ctx.saved_tensors,
             )
             return (None, *_spread(found, asked))
-        every = _spread(ctx.found.times(weight)[1:], needed)
-        return (None, *(t if on else None for t, on in zip(every, asked, strict=True)))
+        return (None, *_spread(ctx.found.times(weight)[1:], needed))
 
 
 class _Slopes(torch.autograd.Function):

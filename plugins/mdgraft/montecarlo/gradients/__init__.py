@@ -4,8 +4,8 @@ from mdgraft.montecarlo.gradients.acceptance import RaoBlackwell as RaoBlackwell
 from mdgraft.montecarlo.gradients.averages import estimate_average as estimate_average
 from mdgraft.montecarlo.gradients.base import AbstractGradient as AbstractGradient
 from mdgraft.montecarlo.gradients.branches import Coalescence as Coalescence
+from mdgraft.montecarlo.gradients.branching import CoupledRun as CoupledRun
 from mdgraft.montecarlo.gradients.coupled import Coupled as Coupled
-from mdgraft.montecarlo.gradients.coupled import CoupledRun as CoupledRun
 from mdgraft.montecarlo.gradients.couplings import AbstractCoupling as AbstractCoupling
 from mdgraft.montecarlo.gradients.couplings import CommonRandomNumbers as CommonRandomNumbers
 from mdgraft.montecarlo.gradients.couplings import ReflectionMaximal as ReflectionMaximal
@@ -16,6 +16,7 @@ from mdgraft.montecarlo.gradients.objectives import Acceptance as Acceptance
 from mdgraft.montecarlo.gradients.objectives import SquaredJump as SquaredJump
 from mdgraft.montecarlo.gradients.observing import ChainObservable as ChainObservable
 from mdgraft.montecarlo.gradients.reparameterized import Reparameterized as Reparameterized
+from mdgraft.montecarlo.gradients.run import AbstractRun as AbstractRun
 from mdgraft.montecarlo.gradients.score import AbstractBaseline as AbstractBaseline
 from mdgraft.montecarlo.gradients.score import MeanBaseline as MeanBaseline
 from mdgraft.montecarlo.gradients.score import PastBaseline as PastBaseline

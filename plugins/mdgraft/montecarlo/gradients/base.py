@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from mdgraft._errors import InvalidInputError
 from mdgraft.estimate import BiasClass, Estimate
+from mdgraft.montecarlo._counts import checked_count
 from mdgraft.montecarlo.gradients._assembly import assemble, chain_error
 from mdgraft.montecarlo.gradients.observing import ChainObservable
 from mdgraft.montecarlo.gradients.parameters import Conjugates
@@ -70,12 +70,9 @@ def steps(
     sampler: Metropolis, n_samples: int, stride: int
 ) -> Iterator[tuple[tuple[Update, ...], bool]]:
     """Step the chains; yield the updates of each step and whether a sample is taken after it."""
-    for name, value in (("n_samples", n_samples), ("stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInputError(f"{name}: got {value!r}, wanted an integer of at least 1")
-    for _ in range(n_samples):
-        for k in range(stride):
-            yield sampler.step(), k == stride - 1
+    # Arguments are checked at once, steps are taken as they are asked for.
+    total = checked_count("n_samples", n_samples) * checked_count("stride", stride)
+    return ((sampler.step(), (k + 1) % stride == 0) for k in range(total))
 
 
 def from_series(

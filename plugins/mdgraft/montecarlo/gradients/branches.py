@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from mdgraft.montecarlo.gradients.couplings import uniform_numbers
 from mdgraft.montecarlo.gradients.registry import Couplings
 from mdgraft.montecarlo.metropolis import Metropolis
 from mdgraft.montecarlo.moves.insertion_deletion import InsertionDeletion
@@ -15,6 +17,7 @@ from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
 from mdgraft.montecarlo.transition import Transition, transition
 
+_STATES = "states."
 #: Relative rounding errors of positions that the same proposals leave between two chains.
 _ROUNDING = 64.0
 
@@ -105,6 +108,9 @@ class Branches:
         x = sampler.state.positions
         largest = max(1.0, float(x.abs().max())) if x.numel() else 1.0
         self.tolerance = max(tolerance, _ROUNDING * torch.finfo(x.dtype).eps * largest)
+        couplings.prepare(sampler.state)
+        #: What couplings were prepared for ``(N, 3)``.
+        self._reference = x[0].clone()
         start = dataclasses.replace(sampler.state, generator_state=None, forces=None)
         self.states = start[torch.arange(self.n_chains).repeat(n_scalars)]
         device = start.positions.device
@@ -129,6 +135,28 @@ class Branches:
             n_cut=self._n_cut,
             couplings=self.couplings.names,
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that later histories depend on, as tensors by name."""
+        return {_STATES + name: value for name, value in self.states.state_dict().items()} | {
+            "weights": self.weights.clone(),
+            "ages": self.ages.clone(),
+            "lifetimes": self.coalescence().lifetimes,
+            "n_cut": torch.tensor(self._n_cut),
+            "generator_state": self.generator.get_state(),
+            "reference": self._reference,
+        }
+
+    def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` of branches of the same chains returned."""
+        device = self.weights.device
+        states = {k.removeprefix(_STATES): v for k, v in values.items() if k.startswith(_STATES)}
+        self.states = ChainState.from_state_dict(states).to(device)
+        self.weights, self.ages = values["weights"].to(device), values["ages"].to(device)
+        self._lifetimes, self._n_cut = [values["lifetimes"].cpu()], int(values["n_cut"])
+        self.generator.set_state(values["generator_state"].cpu())
+        self._reference = values["reference"].to(device)
+        self.couplings.prepare(ChainState(positions=self._reference[None]))
 
     @torch.no_grad()
     def evolve(self, update: Update) -> None:
@@ -204,9 +232,7 @@ class Branches:
             branch.
         """
         total = self.weights + weights
-        u = torch.rand(
-            len(total), generator=self.generator, dtype=torch.float64, device=self.generator.device
-        ).to(total.device)
+        u = uniform_numbers(total, self.generator)
         (chosen,) = ((weights > 0) & (u * total < weights)).nonzero(as_tuple=True)
         self.weights = total
         if not len(chosen):

@@ -30,6 +30,14 @@ class AbstractCoupling(abc.ABC):
     #: What it is called in reports.
     name: str
 
+    def prepare(self, move: AbstractMove, state: ChainState) -> None:
+        """Get ready for chains that start from a state.
+
+        Whatever a coupling keeps from one call of `noise` to the next must follow from this state
+        alone, so that runs that are stored can go on.
+        """
+        return None
+
     @abc.abstractmethod
     def noise(
         self,
@@ -110,6 +118,11 @@ class TorsionCoupling(AbstractCoupling):
     def __init__(self) -> None:
         self._ends: Tensor | None = None
 
+    def prepare(self, move: AbstractMove, state: ChainState) -> None:
+        """Choose the particles by which each torsion is measured, from the first chain."""
+        assert isinstance(move, Torsion)
+        self._ends = _torsions(move, state.positions[0])
+
     def noise(
         self,
         move: AbstractMove,
@@ -121,8 +134,9 @@ class TorsionCoupling(AbstractCoupling):
     ) -> Noise:
         """Change ``normal``."""
         assert isinstance(move, Torsion)
-        if self._ends is None or len(self._ends) != len(move.axes):
-            self._ends = _torsions(move, x.positions[0])
+        if self._ends is None:
+            self.prepare(move, x)
+        assert self._ends is not None
         n_bonds = len(self._ends)
         which = (noise["which"] * n_bonds).long().clamp(max=n_bonds - 1)
         rows = self._ends.to(which.device)[which]
@@ -152,6 +166,14 @@ class VolumeCoupling(AbstractCoupling):
         return {**noise, "normal": reflected(noise["normal"], z, generator)}
 
 
+def uniform_numbers(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1), one for each entry of the first axis, float64 ``(C,)``."""
+    made = torch.rand(
+        like.shape[0], generator=generator, dtype=torch.float64, device=generator.device
+    )
+    return made.to(like.device)
+
+
 def reflected(xi: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
     """Normal numbers that are ``xi + z`` as often as possible, else ``xi`` reflected along z.
 
@@ -170,9 +192,7 @@ def reflected(xi: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
     flat, shift = xi.reshape(xi.shape[0], -1), z.reshape(xi.shape[0], -1)
     along = (flat * shift).sum(dim=1)
     squared = shift.square().sum(dim=1)
-    u = torch.rand(
-        xi.shape[0], generator=generator, dtype=torch.float64, device=generator.device
-    ).to(xi.device)
+    u = uniform_numbers(xi, generator)
     # ln phi(xi + z) - ln phi(xi) = -xi.z - |z|^2 / 2.
     meet = u.log() < -along - 0.5 * squared
     mirror = flat - 2.0 * (along / squared.clamp(min=1e-300))[:, None] * shift

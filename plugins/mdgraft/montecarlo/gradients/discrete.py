@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdgraft.montecarlo.gradients.couplings import AbstractCoupling, reflected
+from mdgraft.montecarlo.gradients.couplings import AbstractCoupling, reflected, uniform_numbers
 from mdgraft.montecarlo.moves._molecules import available
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, pick
 from mdgraft.montecarlo.moves.identity_swap import IdentitySwap
@@ -38,7 +38,7 @@ def coupled_choice(
         ``(C,)`` int64, uniform among the entries of ``others``; 0 where there is none.
     """
     n_mine, n_others = mine.sum(dim=1).double(), others.sum(dim=1).double()
-    u = _uniform(chosen, generator)
+    u = uniform_numbers(chosen, generator)
     shared = others.gather(1, chosen[:, None])[:, 0] & mine.gather(1, chosen[:, None])[:, 0]
     keep = shared & (u * n_others < n_mine)
     # B - min(A, B); all of B where A is empty.
@@ -207,10 +207,3 @@ def _kinds(move: IdentitySwap, state: ChainState) -> tuple[Tensor, Tensor]:
     assert move.species is not None
     kinds = move.species.to(state.positions.device).expand(state.n_chains, -1)
     return kinds, available(state, kinds.shape[1])
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    made = torch.rand(
-        like.shape[0], generator=generator, dtype=torch.float64, device=generator.device
-    )
-    return made.to(like.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError
 from mdgraft.ensembles.recompute import leaves_of
 from mdgraft.montecarlo.gradients.jacobians import by_seed
-from mdgraft.montecarlo.gradients.parameters import Conjugates
+from mdgraft.montecarlo.gradients.parameters import Conjugates, trainable
 from mdgraft.montecarlo.state import ChainState
 
 
@@ -128,13 +128,6 @@ class Observer:
             return False
         named = dict(energy.named_parameters())
         chosen = [named[name] for name in self.conjugates.energy_names]
-        frozen = [p for p in chosen if not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                leaves = {id(leaf) for leaf in leaves_of([self._observe(state)])}
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with trainable(chosen), torch.enable_grad():
+            leaves = {id(leaf) for leaf in leaves_of([self._observe(state)])}
         return any(id(parameter) in leaves for parameter in chosen)

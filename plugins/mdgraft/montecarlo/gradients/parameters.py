@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -225,6 +226,19 @@ class Conjugates:
             return present
         numbers = present.sum(dim=-1, keepdim=True)
         return numbers if name == "log_activity" else target.beta * numbers
+
+
+@contextlib.contextmanager
+def trainable(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Let all of them require gradients inside this context."""
+    frozen = [leaf for leaf in leaves if not leaf.requires_grad]
+    try:
+        for leaf in frozen:
+            leaf.requires_grad_(True)
+        yield
+    finally:
+        for leaf in frozen:
+            leaf.requires_grad_(False)
 
 
 class _Chains:

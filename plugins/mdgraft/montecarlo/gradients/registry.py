@@ -79,8 +79,14 @@ class Couplings:
             raise InvalidInputError(
                 f"couplings: no moves {unknown}; there are {sorted(components)}"
             )
+        self._components = components
         self._couplings = {n: chosen.get(n, _usual(m)) for n, m in components.items()}
         self.names = {name: coupling.name for name, coupling in self._couplings.items()}
+
+    def prepare(self, state: ChainState) -> None:
+        """See `AbstractCoupling.prepare`."""
+        for name, coupling in self._couplings.items():
+            coupling.prepare(self._components[name], state)
 
     def noise(
         self,
@@ -95,7 +101,7 @@ class Couplings:
         if not isinstance(move, Mixture):
             coupling = self._couplings[move.name]
             return coupling.noise(move, x, y, noise, target, generator)
-        choice = move._choice(noise)
+        choice = move.choice(noise)
         made: dict[str, Tensor] = dict(noise)
         for k in sorted(set(choice.tolist())):
             (rows,) = (choice == k).nonzero(as_tuple=True)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from mdgraft.montecarlo.gradients.couplings import AbstractCoupling
+from mdgraft.montecarlo.gradients.couplings import AbstractCoupling, uniform_numbers
 from mdgraft.montecarlo.gradients.discrete import choose_alike
-from mdgraft.montecarlo.moves._molecules import available, gather
+from mdgraft.montecarlo.moves._molecules import available
 from mdgraft.montecarlo.moves._rotations import rotate
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise
 from mdgraft.montecarlo.moves.rotation import Rotation
@@ -75,7 +75,7 @@ def _coupled(
 
     same = turn @ between
     axis, angle = _axis_angle(same)
-    left = ~(_uniform(len(turn), generator, turn).log() < log_ratio(same, turn))
+    left = ~(uniform_numbers(turn, generator).log() < log_ratio(same, turn))
     tries = 1
     while bool(left.any()):
         (rows,) = left.nonzero(as_tuple=True)
@@ -85,7 +85,7 @@ def _coupled(
         # What x would have had to propose for y to meet it here.
         back = tried @ between[rows].repeat_interleave(tries, dim=0).transpose(-1, -2)
         residual = -torch.expm1(log_ratio(back, tried).clamp(max=0.0))
-        taken = (_uniform(len(drawn), generator, turn) < residual).reshape(-1, tries)
+        taken = (uniform_numbers(drawn, generator) < residual).reshape(-1, tries)
         done = taken.any(dim=1)
         first = taken.to(torch.int8).argmax(dim=1)[done]
         best = drawn.reshape(-1, tries, 4)[done, first]
@@ -109,11 +109,7 @@ def _log_density(rotation: Tensor, scale: float) -> Tensor:
 
 def _arms(move: Rotation, state: ChainState, which: Tensor) -> Tensor:
     """Particles of one molecule relative to its centre ``(C, K, 3)``; zero where there is none."""
-    x = state.positions.double()
-    rows, mask = move.molecules.rows(which, x)
-    members, weights = gather(x, rows), mask.to(x)
-    centre = (members * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
-    return (members - centre) * weights
+    return move.molecules.arms(state.positions.double(), which)[1]
 
 
 def _alignment(source: Tensor, destination: Tensor) -> Tensor:
@@ -156,8 +152,3 @@ def _axis_angle(rotation: Tensor) -> tuple[Tensor, Tensor]:
     x_axis[:, 0] = 1.0
     axis = torch.where(length[:, None] > 0, vector, x_axis)
     return axis, 2.0 * torch.atan2(length, quaternion[:, 3])
-
-
-def _uniform(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    made = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
-    return made.to(like.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch import Tensor
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError
 from mdgraft.ensembles import autocovariance
 from mdgraft.estimate import BiasClass, Estimate
-from mdgraft.montecarlo.gradients.base import AbstractGradient, from_series, steps
+from mdgraft.montecarlo.gradients.base import from_series
 from mdgraft.montecarlo.gradients.jacobians import chain_jacobian
-from mdgraft.montecarlo.gradients.observing import ChainObservable, Observer
-from mdgraft.montecarlo.gradients.parameters import Conjugates
+from mdgraft.montecarlo.gradients.observing import ChainObservable
+from mdgraft.montecarlo.gradients.parameters import Conjugates, trainable
 from mdgraft.montecarlo.gradients.proposals import (
     density_slopes,
     looks_at_target,
     scale_names,
 )
+from mdgraft.montecarlo.gradients.run import AbstractPathGradient, AbstractRun
 from mdgraft.montecarlo.metropolis import Metropolis
 from mdgraft.montecarlo.moves.base import AbstractGaussianMove, AbstractMove
 from mdgraft.montecarlo.moves.displacement import Displacement
@@ -102,7 +103,7 @@ class PastBaseline(AbstractBaseline):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Score(AbstractGradient):
+class Score(AbstractPathGradient):
     """``d<O_t> = <dO_t> + <(O_t - b) q_t>`` with the score q of the path that led to t.
 
     The score is the derivative of the logarithm of the path's probability: of ``ln alpha`` for
@@ -139,16 +140,15 @@ class Score(AbstractGradient):
                 "PastBaseline()"
             )
 
-    def estimate(
+    def begin(
         self,
         sampler: Metropolis,
         observable: ChainObservable,
-        n_samples: int,
         *,
         stride: int = 1,
         parameters: Sequence[str] | None = None,
-    ) -> Estimate:
-        """See `AbstractGradient.estimate`.
+    ) -> ScoreRun:
+        """See `AbstractPathGradient.begin`.
 
         Raises
         ------
@@ -157,44 +157,93 @@ class Score(AbstractGradient):
             such as `HMC`.
         """
         conjugates = Conjugates(sampler.target, parameters, scales=scale_names(sampler))
-        scorers = {move.name: _Scorer(move, sampler, conjugates) for move in sampler.moves.updates}
-        observer = Observer(observable, conjugates, sampler.state)
-        densities = conjugates(sampler.state)
-        increment = torch.zeros_like(densities)
-        values, increments, explicit = [], [], []
-        lead = 0 if self.window is None else self.window
-        for count, (updates, sample) in enumerate(steps(sampler, lead + n_samples, stride)):
-            for update in updates:
-                change, densities = scorers[update.move.name].score(update, densities)
-                increment = increment + change
-            if not sample:
-                continue
-            increments.append(increment)
-            increment = torch.zeros_like(increment)
-            if (count + 1) // stride <= lead:
-                continue
-            state = sampler.state
-            values.append(observer.values(state))
-            derivative = observer.derivatives(state)
-            if derivative is not None:
-                explicit.append(derivative)
-        every = torch.stack(increments)
-        window = len(every) if self.window is None else self.window
+        return ScoreRun(self, sampler, observable, conjugates, stride)
+
+
+class ScoreRun(AbstractRun):
+    """A run that adds up the score; see `Score` and `AbstractRun`."""
+
+    def __init__(
+        self,
+        settings: Score,
+        sampler: Metropolis,
+        observable: ChainObservable,
+        conjugates: Conjugates,
+        stride: int,
+    ) -> None:
+        self._scorers = {
+            move.name: _Scorer(move, sampler, conjugates) for move in sampler.moves.updates
+        }
+        super().__init__(sampler, observable, conjugates, stride)
+        self._settings = settings
+        self._densities = conjugates(sampler.state)
+        self._increment = torch.zeros_like(self._densities)
+        #: Increments of the samples that fill the window.
+        self._lead: list[Tensor] = []
+
+    def estimate(self) -> Estimate:
+        """See `AbstractRun.estimate`."""
+        self._require_samples()
+        window, lead = self._settings.window, len(self._lead)
+        values, increments = self.series("values"), self.series("increments")
+        every = torch.cat([torch.stack(self._lead), increments]) if lead else increments
         total = torch.cat([torch.zeros_like(every[:1]), every.cumsum(dim=0)])
-        scores = total[1 + lead :] - (0.0 if self.window is None else total[1:-lead])
-        series = torch.stack(values)
-        flat = series.reshape(*series.shape[:2], -1)
-        weighted = self.baseline.weighted(flat, every[lead:], scores, window)
-        weighted = weighted.reshape(*series.shape, conjugates.n_scalars)
-        if explicit:
-            weighted = weighted + torch.stack(explicit)
-        bias: BiasClass = "consistent" if self.window is None else "approximate"
-        if not sampler.adjusted:
-            bias = "biased"
-        reach = "since the start" if self.window is None else f"over {self.window} samples"
-        return from_series(
-            series, weighted, conjugates, method=f"score function {reach}", bias=bias
+        scores = total[1 + lead :] - (0.0 if window is None else total[1:-lead])
+        flat = values.reshape(*values.shape[:2], -1)
+        weighted = self._settings.baseline.weighted(
+            flat, increments, scores, len(every) if window is None else window
         )
+        weighted = weighted.reshape(*values.shape, self.conjugates.n_scalars)
+        if self.observer.explicit:
+            weighted = weighted + self.series("explicit")
+        bias: BiasClass = "consistent" if window is None else "approximate"
+        if not self.sampler.adjusted:
+            bias = "biased"
+        reach = "since the start" if window is None else f"over {window} samples"
+        return from_series(
+            values, weighted, self.conjugates, method=f"score function {reach}", bias=bias
+        )
+
+    def _warm_up(self) -> None:
+        for _ in range(self._settings.window or 0):
+            for _ in range(self.stride):
+                for update in self.sampler.step():
+                    self._follow(update)
+            self._lead.append(self._increment)
+            self._increment = torch.zeros_like(self._increment)
+
+    def _follow(self, update: Update) -> None:
+        change, self._densities = self._scorers[update.move.name].score(update, self._densities)
+        self._increment = self._increment + change
+
+    def _take(self, state: ChainState) -> None:
+        self._append(values=self.observer.values(state), increments=self._increment)
+        self._increment = torch.zeros_like(self._increment)
+        derivative = self.observer.derivatives(state)
+        if derivative is not None:
+            self._append(explicit=derivative)
+
+    def _series_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        one = (self.sampler.state.n_chains, *self.observer.shape)
+        scores = (self.sampler.state.n_chains, self.conjugates.n_scalars)
+        shapes = {"values": one, "increments": scores}
+        if self.observer.explicit:
+            shapes["explicit"] = (*one, self.conjugates.n_scalars)
+        return shapes
+
+    def _own_state(self) -> dict[str, Tensor]:
+        # Between samples there is no increment left.
+        empty = self._densities.new_zeros(0, *self._densities.shape)
+        return {
+            "densities": self._densities,
+            "lead": torch.stack(self._lead) if self._lead else empty,
+        }
+
+    def _restore(self, values: Mapping[str, Tensor]) -> None:
+        device = self._densities.device
+        self._densities = values["densities"].to(device)
+        self._increment = torch.zeros_like(self._densities)
+        self._lead = list(values["lead"].to(device).unbind(dim=0))
 
 
 class _Scorer:
@@ -271,23 +320,13 @@ class _Scorer:
         scale = move.scale.detach().clone().requires_grad_(True)
         free = move.with_scale(scale)
         leaves = self.conjugates.parameters
-        frozen = [leaf for leaf in leaves if not leaf.requires_grad]
-        for leaf in frozen:
-            leaf.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                there = _log_normal(free, before, proposed, self.target)
-                back = _log_normal(free, proposed, before, self.target)
-                log_alpha = (
-                    self.target.log_density(proposed)
-                    - self.target.log_density(before)
-                    + back
-                    - there
-                )
-                slopes, proposal = chain_jacobian((log_alpha, there), [*leaves, scale])
-        finally:
-            for leaf in frozen:
-                leaf.requires_grad_(False)
+        with trainable(leaves), torch.enable_grad():
+            there = _log_normal(free, before, proposed, self.target)
+            back = _log_normal(free, proposed, before, self.target)
+            log_alpha = (
+                self.target.log_density(proposed) - self.target.log_density(before) + back - there
+            )
+            slopes, proposal = chain_jacobian((log_alpha, there), [*leaves, scale])
         return self._columns(slopes, move), self._columns(proposal, move)
 
     def _columns(self, found: Tensor, move: AbstractMove) -> Tensor:

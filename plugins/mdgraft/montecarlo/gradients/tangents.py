@@ -8,7 +8,7 @@ from torch import Tensor
 from mdgraft._errors import UnsupportedDerivativeError
 from mdgraft.montecarlo.gradients.jacobians import by_seed
 from mdgraft.montecarlo.gradients.observing import Observer
-from mdgraft.montecarlo.gradients.parameters import Conjugates
+from mdgraft.montecarlo.gradients.parameters import Conjugates, trainable
 from mdgraft.montecarlo.gradients.proposals import density_slopes, looks_at_target
 from mdgraft.montecarlo.metropolis import Metropolis
 from mdgraft.montecarlo.moves.base import AbstractMove
@@ -122,54 +122,47 @@ class Tangents:
 
     def _automatic(self, update: Update) -> tuple[Tensor, Tensor]:
         leaves = self.conjugates.parameters
-        frozen = [leaf for leaf in leaves if not leaf.requires_grad]
-        for leaf in frozen:
-            leaf.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                before = update.transition.before
-                x = before.positions.detach().clone().requires_grad_(True)
-                move, scales = self._free(update.move)
-                result = transition(
-                    before.replace(positions=x), move, self.target, update.noise, update.u
+        with trainable(leaves), torch.enable_grad():
+            before = update.transition.before
+            x = before.positions.detach().clone().requires_grad_(True)
+            move, scales = self._free(update.move)
+            result = transition(
+                before.replace(positions=x), move, self.target, update.noise, update.u
+            )
+            outputs = [result.proposed.positions, result.log_alpha]
+            seeds = [torch.ones_like(output, requires_grad=True) for output in outputs]
+            live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+            variables = [x, *leaves, *scales.values()]
+            found = torch.autograd.grad(
+                [o for o, _ in live],
+                variables,
+                [s for _, s in live],
+                create_graph=True,
+                allow_unused=True,
+            )
+            # What a host computes has no graph, which is not the same as no derivative.
+            cut = not result.proposed.positions.requires_grad or found[0] is None
+            if cut or any(gradient is None for gradient in found[1 + len(leaves) :]):
+                raise UnsupportedDerivativeError(
+                    f"sampler: the proposals of {update.move.name} have no graph"
                 )
-                outputs = [result.proposed.positions, result.log_alpha]
-                seeds = [torch.ones_like(output, requires_grad=True) for output in outputs]
-                live = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
-                variables = [x, *leaves, *scales.values()]
-                found = torch.autograd.grad(
-                    [o for o, _ in live],
-                    variables,
-                    [s for _, s in live],
-                    create_graph=True,
-                    allow_unused=True,
-                )
-                # What a host computes has no graph, which is not the same as no derivative.
-                cut = not result.proposed.positions.requires_grad or found[0] is None
-                if cut or any(gradient is None for gradient in found[1 + len(leaves) :]):
-                    raise UnsupportedDerivativeError(
-                        f"sampler: the proposals of {update.move.name} have no graph"
-                    )
-                by_x, *by_theta = (
-                    torch.zeros_like(variable) if gradient is None else gradient
-                    for gradient, variable in zip(found, variables, strict=True)
-                )
-                by_energy = [entry for g in by_theta[: len(leaves)] for entry in g.reshape(-1)]
-                by_scalar = dict(enumerate(by_energy))
-                first = self.conjugates.n_scalars - len(self.conjugates.scales)
-                for name, gradient in zip(scales, by_theta[len(leaves) :], strict=True):
-                    by_scalar[first + self.conjugates.scales.index(name)] = gradient
-                tangents, slopes = [], []
-                for p in range(self.conjugates.n_scalars):
-                    total = (by_x * self.values[p].to(by_x)).sum()
-                    if p in by_scalar:
-                        total = total + by_scalar[p].to(total)
-                    moved, slope = by_seed(total, seeds)
-                    tangents.append(moved.double())
-                    slopes.append(slope.double())
-        finally:
-            for leaf in frozen:
-                leaf.requires_grad_(False)
+            by_x, *by_theta = (
+                torch.zeros_like(variable) if gradient is None else gradient
+                for gradient, variable in zip(found, variables, strict=True)
+            )
+            by_energy = [entry for g in by_theta[: len(leaves)] for entry in g.reshape(-1)]
+            by_scalar = dict(enumerate(by_energy))
+            first = self.conjugates.n_scalars - len(self.conjugates.scales)
+            for name, gradient in zip(scales, by_theta[len(leaves) :], strict=True):
+                by_scalar[first + self.conjugates.scales.index(name)] = gradient
+            tangents, slopes = [], []
+            for p in range(self.conjugates.n_scalars):
+                total = (by_x * self.values[p].to(by_x)).sum()
+                if p in by_scalar:
+                    total = total + by_scalar[p].to(total)
+                moved, slope = by_seed(total, seeds)
+                tangents.append(moved.double())
+                slopes.append(slope.double())
         return torch.stack(tangents), torch.stack(slopes, dim=-1)
 
     def _free(self, move: AbstractMove) -> tuple[AbstractMove, dict[str, Tensor]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
+from mdgraft.montecarlo.moves.base import pick
 from mdgraft.montecarlo.state import ChainState
 
 #: Indices of the particles of each molecule.
@@ -22,7 +24,7 @@ class Groups:
     index
         ``(M, K)`` int64, padded with zeros.
     mask
-        ``(M, K)`` booleans: which entries are meant.
+        ``(M, K)`` booleans: which entries are meant; the first ones of each row.
     """
 
     def __init__(self, name: str, groups: MoleculesLike) -> None:
@@ -40,6 +42,7 @@ class Groups:
         self.index = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         self.mask = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
         self._name = name
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def singles(cls, state: ChainState) -> Groups:
@@ -48,7 +51,15 @@ class Groups:
         made.index = torch.arange(state.n_particles)[:, None]
         made.mask = torch.ones_like(made.index, dtype=torch.bool)
         made._name = "particles"
+        made._arrays = None
         return made
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """`index`, and the number of particles of each group ``(M,)``, for compiled loops."""
+        if self._arrays is None:
+            self._arrays = self.index.numpy(), self.mask.sum(dim=1).numpy()
+        return self._arrays
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
@@ -72,10 +83,35 @@ class Groups:
                 f"{state.present.shape[1]} places of state.present"
             )
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Which distances stay when groups move as rigid bodies; see `AbstractMove.keeps`."""
+        owner = torch.full((state.n_particles + 1,), -1)
+        number = torch.arange(len(self))[:, None].expand_as(self.index)
+        owner[self.index[self.mask]] = number[self.mask]
+        first, second = owner[pairs].unbind(dim=1)
+        return first == second
+
+    def choose(self, state: ChainState, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One group that is there for each chain ``(C,)``, by uniform numbers; and if there is."""
+        if state.present is None:
+            which = (u * len(self)).long().clamp_(max=len(self) - 1)
+            return which, torch.ones_like(which, dtype=torch.bool)
+        return pick(u, state.present), state.present.any(dim=1)
+
     def rows(self, which: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Particle indices ``(C, K)`` and mask ``(C, K, 1)`` of one group for each chain."""
         index, mask = self.index.to(like.device), self.mask.to(like.device)
         return index[which], mask[which][..., None]
+
+    def arms(self, positions: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Particles of one group for each chain ``(C, K)``, and where they are ``(C, K, 3)``.
+
+        Relative to the geometric centre of the group; zero where there is no particle.
+        """
+        rows, mask = self.rows(which, positions)
+        members, weights = gather(positions, rows), mask.to(positions)
+        centre = (members * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
+        return rows, (members - centre) * weights
 
     def centres(self, positions: Tensor) -> Tensor:
         """Geometric centres ``(C, M, 3)`` of all groups."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from mdgraft._errors import InvalidInputError
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
+from mdgraft.potentials.held import Held
 
 #: Everything random about a proposal, by name, each ``(C, ...)``, drawn from fixed distributions.
 Noise: TypeAlias = Mapping[str, Tensor]
@@ -119,6 +120,29 @@ class AbstractMove(abc.ABC):
         """The moves that are accepted or rejected one after the other in one step."""
         return (self,)
 
+    @property
+    def held(self) -> Held | None:
+        """What proposals hold fixed whatever the energy, as a host's trajectories do; or None."""
+        return None
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor | None:
+        """Which distances no proposal ever changes.
+
+        Parameters
+        ----------
+        pairs
+            ``(P, 2)`` indices of particles; -1 stands for a point that stays where it is.
+        state
+            Any state of the chains, for its shapes.
+
+        Returns
+        -------
+        Tensor or None
+            ``(P,)`` booleans. None, the default, if the move cannot say: where a host holds
+            distances fixed they are then measured after each of its updates.
+        """
+        return None
+
     @abc.abstractmethod
     def check(self, state: ChainState, target: Target) -> None:
         """Raise a typed error unless the move makes sense for these chains."""
@@ -155,20 +179,32 @@ class AbstractGaussianMove(AbstractMove):
         """Standard deviation of the proposed positions, broadcast against the noise."""
 
 
+def check_all_move(move: AbstractMove, state: ChainState) -> None:
+    """Raise unless there are particles, none of which can be absent: the move moves all of them."""
+    if state.n_particles == 0:
+        raise InvalidInputError(f"{move.name}: the state has no particles to move")
+    if state.present is not None:
+        raise InvalidInputError(
+            f"{move.name}: moves all particles, but here some may be absent; use Translation"
+        )
+
+
 def uniform(state: ChainState, generator: torch.Generator, *shape: int) -> Tensor:
     """Numbers in [0, 1) for each chain, float64 ``(C, *shape)``."""
+    x = state.positions
     made = torch.rand(
-        state.n_chains, *shape, generator=generator, dtype=torch.float64, device=generator.device
+        (x.shape[0], *shape), generator=generator, dtype=torch.float64, device=generator.device
     )
-    return made.to(state.positions.device)
+    return made.to(x.device)
 
 
 def normal(state: ChainState, generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers for each chain, float64 ``(C, *shape)``."""
+    x = state.positions
     made = torch.randn(
-        state.n_chains, *shape, generator=generator, dtype=torch.float64, device=generator.device
+        (x.shape[0], *shape), generator=generator, dtype=torch.float64, device=generator.device
     )
-    return made.to(state.positions.device)
+    return made.to(x.device)
 
 
 def pick(u: Tensor, allowed: Tensor) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
+from mdgraft.montecarlo.moves._molecules import shift
+from mdgraft.montecarlo.moves._rotations import loops
 from mdgraft.montecarlo.moves.base import (
     AbstractGaussianMove,
     Noise,
@@ -68,6 +71,12 @@ class Displacement(AbstractGaussianMove):
             return torch.arange(state.n_particles, device=state.positions.device)
         return self.particles.to(state.positions.device)
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those between particles that do not move."""
+        free = torch.ones(state.n_particles + 1, dtype=torch.bool)
+        free[self._movable(state).cpu()] = False
+        return free[pairs].all(dim=1)
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """``normal`` is ``(C, M, 3)`` for M particles together, or ``(C, 1, 3)`` with ``which``."""
         if self.together:
@@ -99,12 +108,23 @@ class Displacement(AbstractGaussianMove):
         """The scale."""
         return self.scale.to(state.positions)
 
+    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
+        """Proposed positions, by compiled loops."""
+        made, steps = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
+        particles = None if self.particles is None else self.particles.numpy()
+        if self.together:
+            made[:, slice(None) if particles is None else particles] += steps
+            return made
+        n_movable = made.shape[1] if particles is None else len(particles)
+        which = loops().chosen(noise["which"].numpy(), n_movable)
+        loops().displace(made, which if particles is None else particles[which], steps)
+        return made
+
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one."""
         x = state.positions
         step = self.deviation(state, target) * noise["normal"].to(x)
-        rows = self.rows(state, noise)[..., None].expand(-1, -1, 3)
         return Proposal(
-            state=state.replace(positions=x.scatter_add(1, rows, step)),
+            state=state.replace(positions=shift(x, self.rows(state, noise), step)),
             log_ratio=noise["normal"].new_zeros(state.n_chains),
         )

@@ -64,6 +64,9 @@ class IdentitySwap(AbstractMove):
         self.variable = variable
         self.molecules = None if molecules is None else Groups("molecules", molecules)
 
+    def _groups(self, state: ChainState) -> Groups:
+        return Groups.singles(state) if self.molecules is None else self.molecules
+
     def check(self, state: ChainState, target: Target) -> None:
         """Raise for unlike numbers of molecules, or a variable that does not exist."""
         if self.variable is not None:
@@ -74,7 +77,7 @@ class IdentitySwap(AbstractMove):
                     f"there are {sorted(state.discrete)}"
                 )
             return
-        groups = Groups.singles(state) if self.molecules is None else self.molecules
+        groups = self._groups(state)
         groups.check(state, places=True)
         assert self.species is not None
         if self.species.shape != (len(groups),) or self.species.is_floating_point():
@@ -82,6 +85,12 @@ class IdentitySwap(AbstractMove):
                 f"species: got {self.species.dtype} of shape {tuple(self.species.shape)}, wanted "
                 f"{len(groups)} integers, one for each molecule"
             )
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those within a molecule; all where a variable changes."""
+        if self.variable is not None:
+            return torch.ones(len(pairs), dtype=torch.bool)
+        return self._groups(state).keeps(pairs, state)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Which two, ``(C,)`` each."""

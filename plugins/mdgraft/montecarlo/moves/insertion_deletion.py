@@ -121,6 +121,10 @@ class InsertionDeletion(AbstractMove):
                 "would not be the inverse of an insertion"
             )
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those within a molecule, and those outside."""
+        return self._groups(state).keeps(pairs, state)
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Insert or delete, which, where ``(C, 3)`` and how turned ``(C, 4)``."""
         return {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ class Mixture(AbstractMove):
                 shares.append(weight)
         #: Probability of each component.
         self.probabilities: tuple[float, ...] = tuple(share / sum(weights) for share in shares)
+        self._bounds = torch.tensor(self.probabilities, dtype=torch.float64).cumsum(0)[:-1]
 
     @property
     def components(self) -> tuple[AbstractMove, ...]:
@@ -76,21 +78,36 @@ class Mixture(AbstractMove):
         for move in self._moves:
             move.check(state, target)
 
-    def _choice(self, noise: Noise) -> Tensor:
-        bounds = torch.tensor(self.probabilities, dtype=torch.float64).cumsum(0)[:-1]
-        return torch.bucketize(noise["choice"], bounds.to(noise["choice"].device), right=True)
+    def choice(self, noise: Noise) -> Tensor:
+        """Which component each chain has chosen ``(C,)``."""
+        return torch.bucketize(noise["choice"], self._bounds.to(noise["choice"].device), right=True)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """The choice ``(C,)``, and the noise of every move that some chain chose."""
         noise = {"choice": uniform(state, generator)}
-        for k in sorted(set(self._choice(noise).tolist())):
+        for k in sorted(set(self.choice(noise).tolist())):
             drawn = self._moves[k].draw(state, generator)
             noise |= {f"{k}.{name}": value for name, value in drawn.items()}
         return noise
 
+    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
+        """Proposed positions, where every move works on arrays."""
+        parts: list[Any] = self._moves
+        choice = self.choice(noise)
+        chosen = sorted(set(choice.tolist()))
+        if len(chosen) == 1:
+            only: np.ndarray = parts[chosen[0]].moved_arrays(positions, _of(noise, chosen[0], None))
+            return only
+        made = positions.copy()
+        for k in chosen:
+            (rows,) = (choice == k).nonzero(as_tuple=True)
+            mine = rows.numpy()
+            made[mine] = parts[k].moved_arrays(positions[mine], _of(noise, k, rows))
+        return made
+
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """The proposal of the move that each chain chose."""
-        choice = self._choice(noise)
+        choice = self.choice(noise)
         chosen = sorted(set(choice.tolist()))
         if len(chosen) == 1:
             only = self._moves[chosen[0]].apply(state, _of(noise, chosen[0], None), target)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, available, gather, shift
-from mdgraft.montecarlo.moves._rotations import rotate
-from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, pick, uniform
+from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, shift
+from mdgraft.montecarlo.moves._rotations import compiled_rotations, loops, rotate
+from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
 
@@ -46,6 +47,10 @@ class Rotation(AbstractMove):
         """Raise for particles that do not exist."""
         self.molecules.check(state, places=True)
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those within a molecule, and those outside."""
+        return self.molecules.keeps(pairs, state)
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Which molecule, the axis ``(C, 3)`` and the angle ``(C,)``."""
         return {
@@ -54,20 +59,32 @@ class Rotation(AbstractMove):
             "angle": normal(state, generator),
         }
 
+    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
+        """Proposed positions where every molecule is present, by compiled loops."""
+        which = loops().chosen(noise["which"].numpy(), len(self.molecules))
+        angles = float(self.scale.detach()) * noise["angle"].numpy()
+        return self._turned(positions, which, noise["axis"].numpy(), angles)
+
+    def _turned(
+        self, positions: np.ndarray, which: np.ndarray, axes: np.ndarray, angles: np.ndarray
+    ) -> np.ndarray:
+        made = positions.copy()
+        loops().turn_about_centres(made, which, *self.molecules.arrays, axes, angles)
+        return made
+
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one. Impossible without a molecule."""
         x = state.positions
-        there = available(state, len(self.molecules))
-        rows, mask = self.molecules.rows(pick(noise["which"], there), x)
-        members = gather(x, rows)
-        weights = mask.to(x)
-        centre = (members * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
-        arms = members - centre
-        turned = rotate(arms, noise["axis"].to(x), (self.scale * noise["angle"]).to(x))
-        mask = mask & there.any(dim=1)[:, None, None]
+        which, there = self.molecules.choose(state, noise["which"])
+        angle = self.scale * noise["angle"] * there
+        if compiled_rotations(x, angle):
+            axes = noise["axis"].numpy()
+            turned = self._turned(x.numpy(), which.numpy(), axes, angle.numpy())
+            moved = torch.from_numpy(turned)
+        else:
+            rows, arms = self.molecules.arms(x, which)
+            moved = shift(x, rows, rotate(arms, noise["axis"].to(x), angle.to(x)) - arms)
         return Proposal(
-            state=state.replace(positions=shift(x, rows, (turned - arms) * mask)),
-            log_ratio=noise["which"]
-            .new_zeros(state.n_chains)
-            .masked_fill(~there.any(dim=1), -torch.inf),
+            state=state.replace(positions=moved),
+            log_ratio=torch.where(there, 0.0, -torch.inf).to(angle),
         )

@@ -66,6 +66,10 @@ class SiteChange(AbstractMove):
                 f"values: {self.variable!r} has values other than {self.values.tolist()}"
             )
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """All: nothing moves."""
+        return torch.ones(len(pairs), dtype=torch.bool)
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Which site, and which other value, ``(C,)`` each."""
         return {"which": uniform(state, generator), "value": uniform(state, generator)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft.kernels.periodic import reciprocal
 from mdgraft.montecarlo.moves._molecules import Groups, gather, shift
-from mdgraft.montecarlo.moves._rotations import rotate
+from mdgraft.montecarlo.moves._rotations import compiled_rotations, loops, rotate
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
@@ -106,22 +107,47 @@ class Torsion(AbstractMove):
                 "whole before sampling"
             )
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those on either side of every bond, the bond itself included in both."""
+        kept = torch.ones(len(pairs), dtype=torch.bool)
+        for axis, row, used in zip(
+            self.axes.tolist(), self._moved.index, self._moved.mask, strict=True
+        ):
+            turned = torch.zeros(state.n_particles + 1, dtype=torch.bool)
+            turned[row[used]] = True
+            still = ~turned
+            turned[axis] = True
+            kept &= turned[pairs].all(dim=1) | still[pairs].all(dim=1)
+        return kept
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Which bond, and the angle ``(C,)``."""
         return {"which": uniform(state, generator), "normal": normal(state, generator)}
 
+    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
+        """Proposed positions, by compiled loops."""
+        made, angles = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
+        which = loops().chosen(noise["which"].numpy(), len(self._moved))
+        rows, sizes = self._moved.arrays
+        loops().turn_about_bonds(made, which, rows, sizes, self.axes.numpy(), angles)
+        return made
+
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one."""
         x = state.positions
-        n_bonds = len(self._moved)
-        which = (noise["which"] * n_bonds).long().clamp(max=n_bonds - 1)
-        ends = gather(x, self.axes.to(x.device)[which])
-        origin, axis = ends[:, :1], ends[:, 1] - ends[:, 0]
-        rows, mask = self._moved.rows(which, x)
-        arms = gather(x, rows) - origin
-        turned = rotate(arms, axis, (self.scale * noise["normal"]).to(x))
+        angle = self.scale * noise["normal"]
+        if compiled_rotations(x, angle):
+            moved = torch.from_numpy(self.moved_arrays(x.numpy(), noise))
+        else:
+            n_bonds = len(self._moved)
+            which = (noise["which"] * n_bonds).long().clamp_(max=n_bonds - 1)
+            ends = gather(x, self.axes.to(x.device)[which])
+            origin, axis = ends[:, :1], ends[:, 1] - ends[:, 0]
+            rows, mask = self._moved.rows(which, x)
+            arms = gather(x, rows) - origin
+            moved = shift(x, rows, (rotate(arms, axis, angle.to(x)) - arms) * mask)
         return Proposal(
-            state=state.replace(positions=shift(x, rows, (turned - arms) * mask)),
+            state=state.replace(positions=moved),
             log_ratio=noise["which"].new_zeros(state.n_chains),
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, available, shift
-from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, pick, uniform
+from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, shift
+from mdgraft.montecarlo.moves._rotations import loops
+from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
 from mdgraft.montecarlo.target import Target
 
@@ -36,20 +38,28 @@ class Translation(AbstractMove):
         """Raise for particles that do not exist."""
         self.molecules.check(state, places=True)
 
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those within a molecule, and those outside."""
+        return self.molecules.keeps(pairs, state)
+
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """Which molecule, and the translation ``(C, 3)``."""
         return {"which": uniform(state, generator), "normal": normal(state, generator, 3)}
 
+    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
+        """Proposed positions where every molecule is present, by compiled loops."""
+        made, steps = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
+        which = loops().chosen(noise["which"].numpy(), len(self.molecules))
+        loops().shift(made, which, *self.molecules.arrays, steps)
+        return made
+
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one. Impossible without a molecule."""
         x = state.positions
-        there = available(state, len(self.molecules))
-        rows, mask = self.molecules.rows(pick(noise["which"], there), x)
-        step = (self.scale * noise["normal"]).to(x)[:, None]
-        mask = mask & there.any(dim=1)[:, None, None]
+        which, there = self.molecules.choose(state, noise["which"])
+        step = (self.scale * noise["normal"] * there[:, None]).to(x)
+        rows, mask = self.molecules.rows(which, x)
         return Proposal(
-            state=state.replace(positions=shift(x, rows, step * mask)),
-            log_ratio=noise["which"]
-            .new_zeros(state.n_chains)
-            .masked_fill(~there.any(dim=1), -torch.inf),
+            state=state.replace(positions=shift(x, rows, step[:, None] * mask)),
+            log_ratio=torch.where(there, 0.0, -torch.inf).to(noise["normal"]),
         )

@@ -56,6 +56,9 @@ class Volume(AbstractMove):
         """A factor of e."""
         return 1.0
 
+    def _groups(self, state: ChainState) -> Groups:
+        return Groups.singles(state) if self.molecules is None else self.molecules
+
     def check(self, state: ChainState, target: Target) -> None:
         """Raise for a constant volume, or molecules that leave particles out."""
         if target.pressure is None:
@@ -70,7 +73,7 @@ class Volume(AbstractMove):
                 f"{self.name}: volume and number of molecules cannot both vary: their conjugates "
                 "are not independent"
             )
-        groups = Groups.singles(state) if self.molecules is None else self.molecules
+        groups = self._groups(state)
         sites = set() if target.sites is None else set(target.sites.indices)
         members = [row[used].tolist() for row, used in zip(groups.index, groups.mask, strict=True)]
         alone = [molecule for molecule in members if sites.issuperset(molecule)]
@@ -86,6 +89,10 @@ class Volume(AbstractMove):
                     f"molecules: hold {int(self.molecules.mask.sum())} of {state.n_particles} "
                     "particles; every particle must be in one"
                 )
+
+    def keeps(self, pairs: Tensor, state: ChainState) -> Tensor:
+        """Those within a molecule."""
+        return self._groups(state).keeps(pairs, state)
 
     def draw(self, state: ChainState, generator: torch.Generator) -> Noise:
         """The step of ``ln V``, ``(C,)``."""
