@@ -320,3 +320,21 @@ def test_on_a_gpu():
     energy = potential(X.cuda(), BOX.cuda())
     assert energy.device.type == "cuda"
     assert energy.item() == pytest.approx(make(periodic=True)(X, BOX).item())
+
+
+def test_ties_that_are_loaded_or_copied_reach_their_own_entries():
+    """Two potentials of one structure, whose ties of one name control different entries."""
+
+    def tied(entries):
+        potential = make()
+        potential.tie("both", {"Anchor.k": torch.tensor(entries)}, value=50.0)
+        return potential
+
+    first, second = tied([0, 1]), tied([1, 2])
+    energies = first(X), second(X)
+    assert not torch.isclose(*energies)
+    copied = copy.deepcopy(first)
+    assert torch.equal(copied(X), energies[0])
+    for potential in (first, copied):
+        potential.load_state_dict(second.state_dict())
+        assert torch.equal(potential(X), energies[1])

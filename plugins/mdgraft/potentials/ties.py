@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError
+
+
+class _Tied(NamedTuple):
+    """Entries of one parameter: where they are, times what, and which scalar they have."""
+
+    index: Tensor
+    factor: Tensor
+    label: Tensor
 
 
 class Ties(nn.Module):
@@ -20,6 +29,8 @@ class Ties(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._members: dict[str, tuple[str, ...]] = {}
+        #: Identities of the buffers that entries were joined from, these buffers, the result.
+        self._known: tuple[list[tuple[int, int]], list[Tensor], dict[str, _Tied]] | None = None
 
     def add(self, label: str, value: Tensor, members: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a tie.
@@ -40,6 +51,7 @@ class Ties(nn.Module):
             )
         self._parameters[label] = nn.Parameter(value.detach().clone())
         self._members[label] = tuple(members)
+        self._known = None
         for position, (index, factor) in enumerate(members.values()):
             self._buffers[f"{label}_index_{position}"] = index
             self._buffers[f"{label}_factor_{position}"] = factor
@@ -64,16 +76,35 @@ class Ties(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the values with tied entries replaced, by scalars by label."""
         values = dict(values)
-        for label, names in self._members.items():
-            scalar = scalars[label]
-            for position, name in enumerate(names):
-                index = self._buffers[f"{label}_index_{position}"]
-                factor = self._buffers[f"{label}_factor_{position}"]
-                assert index is not None and factor is not None
-                flat = values[name].reshape(-1)
-                entries = (scalar * factor).to(flat.dtype)
-                values[name] = flat.index_put((index,), entries).reshape(values[name].shape)
+        if not self._members:
+            return values
+        numbers = torch.stack([scalars[label] for label in self._members])
+        for name, tied in self._by_parameter().items():
+            flat = values[name].reshape(-1)
+            entries = (numbers.index_select(0, tied.label) * tied.factor).to(flat.dtype)
+            values[name] = flat.index_put((tied.index,), entries).reshape(values[name].shape)
         return values
+
+    def _by_parameter(self) -> dict[str, _Tied]:
+        """The entries that ties control, together for each parameter: there may be many ties."""
+        buffers = [b for b in self._buffers.values() if b is not None]
+        present = [(id(b), 0 if b.is_inference() else b._version) for b in buffers]
+        if self._known is None or self._known[0] != present:
+            parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            for number, (label, names) in enumerate(self._members.items()):
+                for position, name in enumerate(names):
+                    index = self._buffers[f"{label}_index_{position}"]
+                    factor = self._buffers[f"{label}_factor_{position}"]
+                    assert index is not None and factor is not None
+                    same = torch.full_like(index, number)
+                    parts.setdefault(name, []).append((index, factor, same))
+            joined = {
+                name: _Tied(*(torch.cat(column) for column in zip(*part, strict=True)))
+                for name, part in parts.items()
+            }
+            # The buffers themselves keep their identities from being used again.
+            self._known = present, buffers, joined
+        return self._known[2]
 
     def members(self) -> dict[str, dict[str, Tensor]]:
         """The flat indices that each tie controls: ``{label: {parameter: (n,)}}``."""
