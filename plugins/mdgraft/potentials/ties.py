@@ -14,7 +14,7 @@ from mdgraft._errors import InvalidInputError
 class _Tied(NamedTuple):
     """Entries of one parameter: where they are, times what, and which scalar they have."""
 
-    index: Tensor
+    places: Tensor
     factor: Tensor
     label: Tensor
 
@@ -82,7 +82,7 @@ class Ties(nn.Module):
         for name, tied in self._by_parameter().items():
             flat = values[name].reshape(-1)
             entries = (numbers.index_select(0, tied.label) * tied.factor).to(flat.dtype)
-            values[name] = flat.index_put((tied.index,), entries).reshape(values[name].shape)
+            values[name] = flat.index_put((tied.places,), entries).reshape(values[name].shape)
         return values
 
     def _by_parameter(self) -> dict[str, _Tied]:
