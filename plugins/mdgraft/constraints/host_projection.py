@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from mdgraft._errors import ConstraintError
 from mdgraft.constraints.newton import differentiable_limit
-from mdgraft.kernels.batching import one_by_one
-from mdgraft.kernels.observe import observe
+from mdgraft.kernels.observe import constant, observe
 
 #: Relative difference of velocities at which the host must have solved other equations.
 _OTHER = 1e-2
@@ -29,10 +27,7 @@ class HostProjection(Protocol):
 
 def by_host(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """What a host makes of plain tensors, a constant of differentiation."""
-    # Some versions of torch leave `apply` without types.
-    apply: Any = _ByHost.apply
-    result: Tensor = apply(function, *tensors)
-    return result
+    return constant(lambda *plain: function(*plain).to(plain[0]), *tensors)
 
 
 def check_agreement(given: Tensor, own: Tensor) -> None:
@@ -57,27 +52,3 @@ def check_agreement(given: Tensor, own: Tensor) -> None:
         return found.new_empty(0)
 
     observe(check, lambda result, _: result, given, own)
-
-
-class _ByHost(torch.autograd.Function):
-    @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        return function(*(t.detach() for t in tensors)).to(tensors[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.n_inputs = len(inputs)
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, ...]:
-        n_inputs: int = ctx.n_inputs
-        return (None,) * n_inputs
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> None:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return one_by_one(_ByHost, info, in_dims, args)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdgraft.kernels.batching import one_by_one
+
 #: ``fold(result, n_frames)`` turns a result over ``batch * n_frames`` frames into one that is
 #: valid for every member of the batch.
 Fold = Callable[[Tensor, int], Tensor]
 
 
-class _Observe(torch.autograd.Function):
-    @staticmethod
-    def forward(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:
-        return function(*(tensor.detach() for tensor in tensors))
+class _Constant(torch.autograd.Function):
+    """A function whose result is a constant of differentiation."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -36,6 +36,12 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> None:
         return None
+
+
+class _Observe(_Constant):
+    @staticmethod
+    def forward(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:
+        return function(*(tensor.detach() for tensor in tensors))
 
     @staticmethod
     def vmap(
@@ -55,6 +61,27 @@ class _Observe(torch.autograd.Function):
             n_frames = batched.shape[1]
             merged.append(batched.reshape(-1, *batched.shape[2:]))
         return fold(observe(function, fold, *merged), n_frames), None
+
+
+class _Each(_Constant):
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        return function(*(tensor.detach() for tensor in tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(_Each, info, in_dims, args)
+
+
+def constant(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call ``function`` on the plain values of ``tensors``; its result is a constant.
+
+    Unlike in `observe` tensors may have any shape: members of a batch of ``torch.vmap`` are
+    handed over one by one.
+    """
+    apply: Any = _Each.apply
+    result: Tensor = apply(function, *tensors)
+    return result
 
 
 def observe(function: Callable[..., Tensor], fold: Fold, *tensors: Tensor) -> Tensor:

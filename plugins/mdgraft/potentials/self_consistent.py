@@ -13,6 +13,7 @@ from mdgraft._errors import InvalidInputError, SimulationError
 from mdgraft._types import BoxLike, PositionsLike
 from mdgraft.kernels.batching import one_by_one
 from mdgraft.kernels.implicit import Linear, conjugate_gradients
+from mdgraft.kernels.observe import constant
 from mdgraft.potentials._inputs import as_frames
 from mdgraft.potentials.potential import Potential
 
@@ -136,8 +137,7 @@ class SelfConsistent(nn.Module):
         problem = _Problem(self, tuple(parameters), cells is not None)
         box = () if cells is None else (cells,)
         tensors = (frames, *box, *parameters.values())
-        search: Any = _Search.apply
-        lowest: Tensor = search(problem, *tensors)
+        lowest = constant(problem.search, *tensors)
 
         def total(moving: Tensor) -> Tensor:
             energy: Tensor = self.potential(frames.index_copy(1, self.particles, moving), cells)
@@ -172,10 +172,10 @@ class _Problem:
         gradient, pullback = linearise(torch.func.grad(total), moving.detach())
         return gradient, lambda vector: pullback(vector)[0]
 
-    def search(self, tensors: Sequence[Tensor]) -> Tensor:
+    def search(self, *tensors: Tensor) -> Tensor:
         """The minimum ``(frames, M, 3)`` near the positions given."""
         settings = self.module
-        moving: Tensor = tensors[0].detach()[:, settings.particles]
+        moving: Tensor = tensors[0][:, settings.particles]
         if not moving.numel():
             return moving
         rounding = 2 * torch.finfo(moving.dtype).eps * tensors[0].detach().abs().max()
@@ -202,32 +202,6 @@ class _Problem:
         _, hessian = self.linearised(moving, tensors)
         residual = torch.finfo(vector.dtype).eps ** 0.75
         return conjugate_gradients(hessian, -vector.detach(), residual, failure=_FAILURE)
-
-
-class _Search(torch.autograd.Function):
-    """The minimum, a constant of differentiation."""
-
-    @staticmethod
-    def forward(problem: _Problem, *tensors: Tensor) -> Tensor:
-        return problem.search(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.n_inputs = len(inputs)
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[None, ...]:
-        n_inputs: int = ctx.n_inputs
-        return (None,) * n_inputs
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Any) -> None:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return one_by_one(_Search, info, in_dims, args)
 
 
 class _Response(torch.autograd.Function):
