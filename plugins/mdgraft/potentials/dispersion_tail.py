@@ -72,18 +72,10 @@ class DispersionTail(nn.Module):
 
     def _averages(self, sigma: Tensor, epsilon: Tensor) -> Tensor:
         """Sums of ((s_i + s_j)/2)^power sqrt(e_i e_j) over pairs, twice each, by power."""
-        root = root_epsilon(epsilon).double()
-        s = sigma.double()
-        # Products of products: general powers take far longer.
-        powers = torch.stack([torch.ones_like(s), s])
-        square = s * s
-        for _ in range(2):
-            powers = torch.cat([powers, powers * square])
-            square = square * square
-        powers = torch.cat([powers, powers[: max(_POWERS) - 7] * square])
-        moments, own = (powers @ torch.stack([root, root * root], dim=1)).unbind(dim=1)
+        root = root_epsilon(epsilon)
+        moments, own = (_on_a_device if sigma.is_cuda else _one_by_one)(sigma, root)
         cross = ((moments @ self.binomial.double()) * moments).sum(dim=-1)
-        return cross + torch.stack([own[power] for power in _POWERS])
+        return cross + own
 
     def _integrals(self, switching_distance: Tensor | None) -> Tensor:
         """Integrals of r^(2 - power) times what the switch removes, from r_switch to infinity."""
@@ -96,3 +88,28 @@ class DispersionTail(nn.Module):
         removed = self.weights.double() * (1 - switch(r, start, self.cutoff))
         decays = torch.stack([r ** (2 - power) for power in _POWERS])
         return beyond + width * (decays * removed).sum(dim=-1)
+
+
+def _one_by_one(sigma: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of root s^k for all k up to the largest power, and of (root s^k) root for `_POWERS`."""
+    # Products one after the other: general powers take far longer, and tables of them miss caches.
+    weighted, moments, own = root, [root.sum()], []
+    for power in range(1, max(_POWERS) + 1):
+        weighted = weighted * sigma
+        moments.append(weighted.sum())
+        if power in _POWERS:
+            own.append((weighted * root).sum())
+    return torch.stack(moments).double(), torch.stack(own).double()
+
+
+def _on_a_device(sigma: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in few operations, each of which takes longer to start than to run."""
+    s, root = sigma.double(), root.double()
+    powers = torch.stack([torch.ones_like(s), s])
+    square = s * s
+    for _ in range(2):
+        powers = torch.cat([powers, powers * square])
+        square = square * square
+    powers = torch.cat([powers, powers[: max(_POWERS) - 7] * square])
+    moments, own = (powers @ torch.stack([root, root * root], dim=1)).unbind(dim=1)
+    return moments, torch.stack([own[power] for power in _POWERS])
