@@ -11,6 +11,7 @@ from ase.constraints import (
     FixAtoms,
     FixBondLengths,
     FixInternals,
+    FixLinearTriatomic,
     Hookean,
     MirrorForce,
     MirrorTorque,
@@ -39,14 +40,19 @@ def held_by(atoms: ase.Atoms) -> Held | None:
         found = structure.get_distance(*pair, mic=mic) if length is None else length
         lengths[min(pair), max(pair)] = _NM * float(found)
 
-    own: list[Any] = list(atoms.constraints)
-    for constraint in own:
+    constraint: Any
+    for constraint in atoms.constraints:
         if isinstance(constraint, _FREE):
             continue
         if isinstance(constraint, FixBondLengths):
             given = constraint.bondlengths
             for k, (i, j) in enumerate(constraint.pairs):
                 hold(i, j, None if given is None else given[k], mic=True)
+        elif isinstance(constraint, FixLinearTriatomic):
+            # Rigid molecules, which moves of whole ones keep.
+            for triple in constraint.triples:
+                for i, j in itertools.combinations(triple, 2):
+                    hold(i, j, mic=True)
         elif isinstance(constraint, FixInternals):
             for length, (i, j) in constraint.bonds:
                 hold(i, j, length, mic=constraint.mic)
@@ -57,8 +63,9 @@ def held_by(atoms: ase.Atoms) -> Held | None:
             for indices in (*bends, *combined):
                 for i, j in itertools.combinations(sorted({int(i) for i in indices}), 2):
                     hold(i, j, mic=constraint.mic)
-        elif isinstance(constraint, FixAtoms) or hasattr(constraint, "get_indices"):
-            pinned |= {int(i) % n for i in constraint.get_indices()}
         else:
-            pinned |= set(range(n))
+            named = constraint.get_indices() if hasattr(constraint, "get_indices") else ()
+            # What names no atom may hold all of them, as FixedMode does.
+            every = () if isinstance(constraint, FixAtoms) else range(n)
+            pinned |= {int(i) % n for i in named} or set(every)
     return Held.of(list(lengths), list(lengths.values()), pinned)

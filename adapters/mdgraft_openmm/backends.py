@@ -133,7 +133,9 @@ class TorchForce(AbstractBackend):
         """A TorchForce of the module as it is now."""
         if self.warmup_steps < 1:
             raise InvalidInputError(f"warmup_steps: got {self.warmup_steps}, wanted at least 1")
-        module, outputs_forces = scripted(request.function, request.particles, request.frames)
+        module, outputs_forces = scripted(
+            request.function, request.particles, request.frames, request.slopes
+        )
         if outputs_forces and request.slopes:
             raise UnavailableBackendError(
                 "backend: a TorchForce whose module returns forces has no derivatives in global "

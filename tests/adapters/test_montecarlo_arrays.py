@@ -11,7 +11,7 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from mdgraft import SimulationError
+from mdgraft import InvalidInputError, SimulationError
 from mdgraft.kernels.switch import plain_kernels
 from mdgraft.montecarlo import (
     MALA,
@@ -282,6 +282,28 @@ class Breaking(ContextEnergy):
         if self.left < 0:
             found[-1] = np.nan
         return found
+
+
+class Lacking(ContextEnergy):
+    """Energies of the first chain alone."""
+
+    def __call__(self, state: ChainState) -> torch.Tensor:
+        return super().__call__(state)
+
+    def energies_of_arrays(self, positions: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
+        found = super().energies_of_arrays(positions, boxes)
+        return found[:1] if self.lacking else found
+
+    lacking = False
+
+
+def test_energies_of_some_chains_are_refused() -> None:
+    chains = of_a_chain(MOVES["a sequence"](), energy=Lacking)
+    assert chains._arrays() is not None
+    energy: Any = chains.target.energy
+    energy.lacking = True
+    with pytest.raises(InvalidInputError, match=r"shape \(1,\), wanted \(4,\), one energy"):
+        chains.sample(2)
 
 
 def in_steps(chains: Metropolis, n_steps: int) -> None:

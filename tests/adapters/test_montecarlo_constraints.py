@@ -12,7 +12,16 @@ import openmm
 import pytest
 import torch
 from ase.calculators.lj import LennardJones
-from ase.constraints import FixAtoms, FixBondLength, FixCom, FixedPlane, FixInternals, Hookean
+from ase.constraints import (
+    FixAtoms,
+    FixBondLength,
+    FixCom,
+    FixedMode,
+    FixedPlane,
+    FixInternals,
+    FixLinearTriatomic,
+    Hookean,
+)
 from mdgraft import InvalidInputError, WrongEnsembleError
 from mdgraft.montecarlo import (
     HMC,
@@ -89,6 +98,50 @@ def test_trajectories_hold_what_their_system_holds() -> None:
     free = HybridMonteCarlo(ContextEnergy(flexible), 0.002, 2)
     with pytest.raises(WrongEnsembleError, match="HybridMonteCarlo changes 4 of the 4"):
         Metropolis(Target(mdgraft.graft(system), temperature=TEMPERATURE), free, state)
+
+
+def test_trajectories_that_hold_distances_sample_no_free_positions() -> None:
+    system, x = chain(constrained=True)
+    state = ChainState(positions=x[None])
+    move = HybridMonteCarlo(ContextEnergy(system), 0.002, 2)
+    target = Target(move.energy, temperature=TEMPERATURE, ignore_constraints=True)
+    for moves in (move, Sequence([move, Displacement(0.01)])):
+        with pytest.raises(WrongEnsembleError, match="trajectories of HybridMonteCarlo hold 4"):
+            Metropolis(target, moves, state)
+
+
+def test_trajectories_leave_massless_particles_to_other_moves() -> None:
+    # Two particles in wells, one without mass, which only displacements move.
+    system = wells(2)
+    system.setParticleMass(1, 0.0)
+    state = ChainState.replicate(200, positions=torch.zeros(2, 3, dtype=F64))
+    energy = ContextEnergy(system)
+    still = HybridMonteCarlo(energy, 0.02, 5)
+    moves = Sequence([still, Displacement(0.1, particles=[1])])
+    with pytest.raises(WrongEnsembleError, match="Displacement moves 1 of the 1"):
+        Metropolis(Target(energy, temperature=TEMPERATURE), moves, state)
+    target = Target(energy, temperature=TEMPERATURE, ignore_constraints=True)
+    chains = Metropolis(target, moves, state, seed=4)
+    chains.burn_in(60)
+    squares = [s.positions.square().sum(dim=2) for s in chains.sample(15, stride=4).states]
+    means = torch.stack(squares).mean(dim=0)
+    error = means.std(dim=0) / len(means) ** 0.5
+    difference = means[:, 0].mean() - means[:, 1].mean()
+    assert float(difference.abs()) < 4 * float(error.norm())
+
+
+def test_trajectories_ignore_what_openmm_ignores() -> None:
+    # Constraints between particles without mass have no effect, whatever their length.
+    system, x = chain(constrained=True)
+    for _ in range(2):
+        system.addParticle(0.0)
+    system.addConstraint(5, 6, 0.5)
+    x = torch.cat((x, torch.tensor([[1.0, 1, 1], [1.0, 1, 1.2]], dtype=F64)))
+    energy = ContextEnergy(system)
+    move = HybridMonteCarlo(energy, 0.002, 2)
+    chains = Metropolis(Target(energy, temperature=300.0), move, ChainState(positions=x[None]))
+    last = chains.sample(5).states[-1].positions
+    assert float((last - x)[:, :5].abs().max()) > 0.0 == float((last - x)[:, 5:].abs().max())
 
 
 def test_torsions_that_change_the_metric_go_with_no_trajectories() -> None:
@@ -230,6 +283,8 @@ ASE: dict[str, tuple[Any, list[list[int]], list[int]]] = {
     ),
     "plane": (FixedPlane([2], (0, 0, 1)), [], [2]),
     "centre of mass": (FixCom(), [], [0, 1, 2, 3, 4]),
+    "mode": (FixedMode(np.ones((5, 3))), [], [0, 1, 2, 3, 4]),
+    "linear molecule": (FixLinearTriatomic([[3, 1, 0]]), [[1, 3], [0, 3], [0, 1]], []),
 }
 
 

@@ -204,6 +204,36 @@ def test_constrained_chain_has_the_rigid_law(
     agree(by_chain(samples, a[..., 0] / 0.1), (-(1 / math.tanh(strength) - 1 / strength), 0.0))
 
 
+def test_adapted_trajectories_of_a_rigid_pair_have_its_law() -> None:
+    # A dipole in a field, with one end in a well: at longer steps, which would be accepted as
+    # often as asked for, constraints have solutions that lead elsewhere.
+    system = openmm.System()
+    field = openmm.CustomExternalForce("40*q*z+100*(1+q)/2*(x^2+y^2+z^2)")
+    field.addPerParticleParameter("q")
+    for i, (mass, q) in enumerate(((3.0, 1.0), (5.0, -1.0))):
+        system.addParticle(mass)
+        field.addParticle(i, [q])
+    system.addForce(field)
+    system.addConstraint(0, 1, 0.1)
+    energy = ContextEnergy(system)
+    x = torch.tensor([[0.0, 0, 0], [0.1, 0, 0]], dtype=F64)
+    state = ChainState.replicate(100, positions=x)
+    target = Target(energy, temperature=TEMPERATURE)
+    chains = Metropolis(target, HybridMonteCarlo(energy, 0.01, 10), state, seed=3)
+    chains.burn_in(40)
+    speed = math.sqrt(KT * (1 / 3.0 + 1 / 5.0))
+    assert chains.scales["HybridMonteCarlo"] == pytest.approx(0.2 * 0.1 / speed)
+    found = torch.stack([s.positions for s in chains.sample(40).states])
+    cosines = (found[:, :, 1, 2] - found[:, :, 0, 2]).mean(dim=0) / 0.1
+    a = 4.0 / KT
+    error = float(cosines.std()) / 10.0
+    assert abs(float(cosines.mean()) - (1 / math.tanh(a) - 1 / a)) < 4 * error
+    free = HybridMonteCarlo(energy, 0.01, 10, check_return=True)
+    chains = Metropolis(target, free, state[:4], seed=3)
+    chains.burn_in(30)
+    assert chains.scales["HybridMonteCarlo"] > 0.2 * 0.1 / speed
+
+
 def test_trajectories_come_back() -> None:
     system, x = chain(constrained=True)
     energy = ContextEnergy(system)

@@ -102,11 +102,12 @@ def test_particles_beyond_the_system_are_refused(slopes):
     for _ in range(N):
         small.addParticle(1.0)
     match = "particles: the force has particle 6, but the System has 6, wanted indices from 0 to 5"
-    for again in (force, force, copy.deepcopy(force)):
+    pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(force))))
+    assert type(pickled).__name__ == name and isinstance(pickled, getattr(openmm, name))
+    for again in (force, force, copy.deepcopy(force), pickled):
         with pytest.raises(InvalidInputError, match=match):
             small.addForce(again)
         assert small.getNumForces() == 0 and again.thisown
-    assert type(pickle.loads(pickle.dumps(force))) is getattr(openmm, name)
     # A System that gets its particles later has none to compare with.
     reversed_order.addForce(other)
     for system in (large, reversed_order):
@@ -328,6 +329,19 @@ def test_a_cutoff_without_switch_causes_no_alarm():
 
     context = open_context(to_force(lennard_jones, backend=PYTHON), n=len(positions))
     evaluate(context, positions)
+
+
+def test_gradients_of_few_entries_count_in_full():
+    picked = torch.tensor([[0, 1, 2], [3, 4, 4]])
+    values = torch.tensor(POSITIONS)[picked, torch.arange(3)]
+
+    def energy(x):
+        return torch.gather(x, 0, picked, sparse_grad=True).square().sum()
+
+    found = evaluate(open_context(to_force(energy, backend=PYTHON)), POSITIONS)
+    forces = np.zeros_like(POSITIONS)
+    np.add.at(forces, (picked.numpy(), np.arange(3)), -2 * values.numpy())
+    assert_close(found, (float(values.square().sum()), forces, {}), 1e-12)
 
 
 # What goes on around the module -------------------------------------------------------------------

@@ -163,6 +163,7 @@ def test_the_newest_plugin_gets_tensors(monkeypatch):
 UNSCRIPTABLE = {
     "**values": lambda: _Any(),
     "function": lambda: plain,
+    "plain numbers": lambda: Typed(),
 }
 
 
@@ -171,6 +172,13 @@ class _Any(Springs):
 
     def forward(self, positions, box, **values):
         return super().forward(positions, box, **values)
+
+
+class Typed(Springs):
+    """Its parameters are no tensors, through which derivatives would pass."""
+
+    def forward(self, positions, box: torch.Tensor | None, k: float, shift: float):
+        return (k * self.weight * (positions - shift).square()).sum()
 
 
 class Listed(Springs):
@@ -306,6 +314,7 @@ def test_no_platform_is_blamed_for_what_is_not_installed(monkeypatch, platform):
 REFUSED = {
     "a list of pairs": (Listed(), {"example": POSITIONS}, "cannot be traced.*depends on the frame"),
     "a number": (Masked(), {"example": POSITIONS}, "cannot be traced.*depends on the frame"),
+    "plain numbers": (Typed(), {}, "its argument k is of type float, which has no derivative"),
     "no frame": (_Any(), {}, "tracing it needs a frame, which the argument example"),
     "forces and derivatives": (
         WithForces(),

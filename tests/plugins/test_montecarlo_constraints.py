@@ -94,6 +94,25 @@ class Nudge(AbstractMove):
         return Proposal(state=state.replace(positions=x), log_ratio=x.new_zeros(len(x)))
 
 
+class Pairwise(Displacement):
+    """A user's change of a move: what is drawn for particle 0 moves 1 as well."""
+
+    def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
+        x = state.positions.clone()
+        x[:, :2] += self.scale * noise["normal"]
+        return Proposal(state=state.replace(positions=x), log_ratio=x.new_zeros(len(x)))
+
+
+class Bending(Translation):
+    """A user's change of a move: the last particle moves more."""
+
+    def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
+        proposal = super().apply(state, noise, target)
+        x = proposal.state.positions.clone()
+        x[:, -1] += self.scale * noise["normal"]
+        return Proposal(state=state.replace(positions=x), log_ratio=proposal.log_ratio)
+
+
 # What moves keep --------------------------------------------------------------------------------
 
 MOVES: dict[str, Callable[[], AbstractMove]] = {
@@ -220,6 +239,7 @@ ALLOWED: dict[str, tuple[Callable[[], AbstractMove], list[tuple[int, int]], tupl
         (),
     ),
     "a move that does not say": (lambda: Nudge(alone=False), [(0, 1), (5, 6)], ()),
+    "proposals of a subclass": (lambda: Pairwise(0.05, particles=[0]), [(0, 1), (5, 6)], (3,)),
 }
 
 
@@ -252,6 +272,12 @@ def test_moves_that_do_not_say_are_watched(
     target = Target(Springs(held(pairs, pinned)), temperature=300.0, log_activity=0.0)
     with pytest.raises(WrongEnsembleError, match=r"Nudge does not say .* method keeps\(\)"):
         Metropolis(target, Mixture([Nudge(True), SiteChange("present")]), many)
+
+
+def test_subclasses_with_other_proposals_are_watched() -> None:
+    chains = sampler(Bending(0.05, [[5, 6]]), held([(5, 6)]))
+    with pytest.raises(WrongEnsembleError, match="Bending changes 1 of the 1"):
+        chains.burn_in(200)
 
 
 def test_chains_start_from_the_lengths_that_are_held(tmp_path: Path) -> None:

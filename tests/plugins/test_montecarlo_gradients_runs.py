@@ -224,6 +224,34 @@ def test_estimates_may_be_looked_at_on_the_way() -> None:
             run.advance(count)  # type: ignore[arg-type]
 
 
+ESTIMATORS: dict[str, tuple[AbstractPathGradient, Any]] = {
+    "branches": (Coupled(), lambda: Displacement(0.1)),
+    "score": (Score(baseline=PastBaseline()), lambda: Displacement(0.1)),
+    "tangents": (Reparameterized(), lambda: MALA(0.03)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_chains_that_others_have_changed_are_refused(name: str) -> None:
+    gradient, moves = ESTIMATORS[name]
+    chains = particles(moves)(1)
+    run = gradient.begin(chains, coordinates)
+    run.advance(2)
+    stored = run.state_dict()
+    chains.step()
+    with pytest.raises(InvalidInputError, match="sampler: its chains were left after"):
+        run.advance(2)
+    run.load_state_dict(stored)
+    run.advance(2)
+    wells: Any = chains.target.energy
+    with torch.no_grad():
+        wells.k.mul_(1.5)
+    with pytest.raises(InvalidInputError, match="target: its energy has changed"):
+        run.advance(2)
+    with pytest.raises(InvalidInputError, match="target: its energy has changed"):
+        run.load_state_dict(stored)
+
+
 def test_states_of_other_estimates_are_refused(tmp_path: Path) -> None:
     sampler = particles(lambda: Displacement(0.1))
     run = Coupled().begin(sampler(1), coordinates)

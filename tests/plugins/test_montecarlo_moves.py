@@ -319,6 +319,15 @@ def test_torsions_keep_bonds_and_angles_and_find_rotatable_bonds() -> None:
     assert torch.equal(new[:, 2], x[:, 2])
 
 
+def test_torsions_take_boxes_of_another_precision() -> None:
+    state = ChainState(
+        positions=torch.randn(2, 4, 3, generator=generator(1), dtype=F64),
+        box=10.0 * torch.eye(3).expand(2, 3, 3),
+    )
+    target = Target(lambda s: s.positions.square().sum(dim=(1, 2)), temperature=TEMPERATURE)
+    Metropolis(target, Torsion(0.5, [(0, 1), (1, 2), (2, 3)]), state).step()
+
+
 def test_molecules_of_several_species_come_and_go() -> None:
     # Species a: single particles, b: rigid pairs; both ideal, with activities of their own.
     n_a, n_b = 12, 12

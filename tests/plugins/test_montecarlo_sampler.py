@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,20 @@ def test_counts_are_those_of_the_updates() -> None:
         assert bool((counts.acceptance[counts.attempts > 0] <= 1).all())
     chains.reset_statistics()
     assert not any(int(c.attempts.sum()) for c in chains.statistics.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_go_on_by_themselves(copied: Callable[[Metropolis], Metropolis]) -> None:
+    target = Target(HarmonicOscillators(n_particles=3, k=300.0).potential, temperature=300.0)
+    state = ChainState(positions=torch.zeros(4, 3, 3, dtype=F64))
+    moves = Sequence([Displacement(0.1), Mixture([Displacement(0.05, together=True), MALA(0.05)])])
+    chains = Metropolis(target, moves, state, seed=2)
+    chains.burn_in(5)
+    other = copied(chains)
+    found = other.sample(5).positions
+    assert chains.state.step == 5 and torch.equal(chains.sample(5).positions, found)
+    for name, counts in chains.statistics.items():
+        assert torch.equal(counts.acceptances, other.statistics[name].acceptances)
 
 
 def test_nested_mixtures_multiply_probabilities() -> None:

@@ -259,7 +259,10 @@ def _gradients(energy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     if not inputs or not energy.requires_grad:
         return [torch.zeros_like(t) for t in inputs]
     found = torch.autograd.grad(energy, inputs, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    return [
+        torch.zeros_like(t) if g is None else g.to_dense() if g.is_sparse else g
+        for g, t in zip(found, inputs, strict=True)
+    ]
 
 
 def _finite(slope: Tensor) -> float:

@@ -23,7 +23,10 @@ _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, tor
 
 
 def scripted(
-    function: EnergyFunction, particles: Sequence[int] | None, frames: Sequence[Frame]
+    function: EnergyFunction,
+    particles: Sequence[int] | None,
+    frames: Sequence[Frame],
+    slopes: Sequence[str] = (),
 ) -> tuple[torch.jit.ScriptModule, bool]:
     """What a ``TorchForce`` runs, and whether it returns forces too.
 
@@ -39,6 +42,8 @@ def scripted(
         Those that it gets; None for all.
     frames
         Positions ``(n, 3)`` [nm] and box ``(3, 3)`` [nm] to trace and compare with.
+    slopes
+        Global parameters whose derivatives are wanted.
 
     Raises
     ------
@@ -53,6 +58,7 @@ def scripted(
         if isinstance(function.module, nn.Module):
             try:
                 inner = _jit.script(function.module)
+                _check_slopes(inner, slopes)
                 return _checked(inner, function, particles, frames, by_name=True)
             except Exception as error:
                 faults.append(f"it cannot be scripted ({_first_line(error)})")
@@ -68,6 +74,15 @@ def scripted(
         f"backend: TorchForce needs a module in TorchScript, but {' and '.join(faults)}; use the "
         "backend PythonForce, which runs any module"
     )
+
+
+def _check_slopes(inner: Any, slopes: Sequence[str]) -> None:
+    """Raise if an argument is a plain number, through which no derivative passes."""
+    for argument in inner.forward.schema.arguments:
+        if argument.name in slopes and argument.type.kind() != "TensorType":
+            raise MDGraftError(
+                f"its argument {argument.name} is of type {argument.type}, which has no derivative"
+            )
 
 
 class _Holder(nn.Module):

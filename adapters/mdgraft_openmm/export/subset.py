@@ -36,7 +36,7 @@ class _OfSome:
         self.this.own(value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return openmm.XmlSerializer.deserialize, (openmm.XmlSerializer.serialize(self),)
+        return _restored, (openmm.XmlSerializer.serialize(self), self.last_particle)
 
     def _check(self, n_particles: int) -> None:
         # A System without any is one that gets its forces first.
@@ -46,6 +46,15 @@ class _OfSome:
                 f"{n_particles}, wanted indices from 0 to {n_particles - 1}; if the System is to "
                 "have more, add its particles before this force"
             )
+
+
+def _restored(text: str, last_particle: int) -> Any:
+    """What a pickled force becomes."""
+    force: Any = openmm.XmlSerializer.deserialize(text)
+    kind: Any = type(force)
+    force.__class__ = of_some(kind)
+    force.last_particle = last_particle
+    return force
 
 
 @functools.cache

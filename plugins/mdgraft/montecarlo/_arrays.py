@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 
+from mdgraft._errors import InvalidInputError
 from mdgraft.kernels.switch import compiled_kernels, under_transform
 from mdgraft.montecarlo.moves._rotations import loops
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, uniform
@@ -94,11 +95,19 @@ class ArrayChains:
         ------
         SimulationError
             If an energy is NaN or ``-inf``.
+        InvalidInputError
+            If there is not one energy for each chain.
         """
         noise = move.draw(self.known, generator)
         log_u = uniform(self.known, generator).log().numpy()
         proposed = move.moved_arrays(self._x, noise)
-        energies = self._energy.energies_of_arrays(proposed, self._boxes)
+        energies = np.asarray(self._energy.energies_of_arrays(proposed, self._boxes), np.float64)
+        if energies.shape != self._energies.shape:
+            # Compiled loops look at no shape.
+            raise InvalidInputError(
+                f"energy: energies_of_arrays returned shape {energies.shape}, wanted "
+                f"{self._energies.shape}, one energy for each chain"
+            )
         good = loops().decide(
             self._x, self._energies, proposed, energies, log_u, self._beta, acceptances
         )

@@ -36,7 +36,8 @@ class Holding:
     Raises
     ------
     WrongEnsembleError
-        If a move changes distances, or moves particles, that are held.
+        If a move changes distances, or moves particles, that are held; or if trajectories hold
+        distances although the target is to ignore constraints.
     InvalidInputError
         If the chains start from other distances.
     """
@@ -45,12 +46,13 @@ class Holding:
         found = [target.held, *(move.held for move in moves)]
         self._held = [held for held in found if held is not None]
         if target.ignore_constraints:
+            _check_free(moves)
             self._held = []
         #: Names of the moves whose updates have to be looked at.
         self._watched: set[str] = set()
         for held in self._held:
             for move in moves:
-                kept = move.keeps(held.rows, state)
+                kept = _kept(move, held.rows, state)
                 if kept is None:
                     self._watch(move, state)
                 elif not bool(kept.all()):
@@ -106,6 +108,31 @@ class Holding:
                 raise _refusal(" or ".join(names), held, ~off.cpu())
 
 
+def _kept(move: AbstractMove, pairs: Tensor, state: ChainState) -> Tensor | None:
+    """Which distances a move keeps; None if it cannot say.
+
+    What a class says of its proposals is not true of those that a subclass makes.
+    """
+    for kind in type(move).__mro__:
+        if "keeps" in vars(kind):
+            break
+        if "apply" in vars(kind):
+            return None
+    return move.keeps(pairs, state)
+
+
+def _check_free(moves: Sequence[AbstractMove]) -> None:
+    """Raise for trajectories that hold distances where positions are to be sampled as if free."""
+    for move in moves:
+        # Particles that trajectories leave in place are for other moves to move.
+        if move.held is not None and len(move.held.pairs):
+            raise WrongEnsembleError(
+                f"ignore_constraints: trajectories of {move.name} hold {len(move.held.pairs)} "
+                "distances fixed, so that positions are not sampled as if free; leave it out, or "
+                "make the move from the energy of a System without constraints"
+            )
+
+
 def _check_one_law(moves: Sequence[AbstractMove], state: ChainState) -> None:
     """Raise if trajectories and other moves would sample different laws.
 
@@ -117,7 +144,7 @@ def _check_one_law(moves: Sequence[AbstractMove], state: ChainState) -> None:
             continue
         hinges = trajectories.held.hinges
         for move in moves:
-            kept = move.keeps(hinges, state) if move.held is None else None
+            kept = _kept(move, hinges, state) if move.held is None else None
             if kept is not None and not bool(kept.all()):
                 i, j = hinges[~kept][0].tolist()
                 raise WrongEnsembleError(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class Metropolis:
         self.target = target
         self.moves = moves.copied()
         self._components = _unique(self.moves.components)
-        self._rows = {id(move): k for k, move in enumerate(self._components)}
+        self._rows = _numbered(self._components)
         state.checked()
         target.check(state)
         self.moves.check(state, target)
@@ -131,6 +131,10 @@ class Metropolis:
         self._initial_scales = [m.scale.clone() if m.has_scale else None for m in self._components]
         self._adaptations = [0] * len(self._components)
         self.reset_statistics()
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        # A copy has moves of its own.
+        self.__dict__.update(values, _rows=_numbered(values["_components"]))
 
     # Running ----------------------------------------------------------------------------------
 
@@ -394,9 +398,10 @@ class Metropolis:
         if _shapes(state) != _shapes(self._state):
             raise InvalidInputError(f"values: hold {_shapes(state)}, wanted {_shapes(self._state)}")
         device = self._state.positions.device
+        loaded = _loaded(self.target, state.to(device))
+        self._holding = Holding(self.target, self._components, loaded)
+        self._state = loaded
         self._generator.set_state(state.generator_state.cpu())
-        self._state = _loaded(self.target, state.to(device))
-        self._holding = Holding(self.target, self._components, self._state)
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
             # Counting goes on in place.
@@ -457,6 +462,10 @@ def _loaded(target: Target, state: ChainState) -> ChainState:
     # Rounding must not change a run that goes on; other parameters do.
     close = (energies - state.energies).abs() <= 1e-6 * energies.abs().clamp(min=1.0)
     return state if bool(close.all()) else _start(target, state.replace(forces=None))[0]
+
+
+def _numbered(moves: Sequence[AbstractMove]) -> dict[int, int]:
+    return {id(move): k for k, move in enumerate(moves)}
 
 
 def _unique(moves: Sequence[AbstractMove]) -> list[AbstractMove]:

@@ -45,6 +45,9 @@ class AlchemicalTransfer(AbstractCustomTerm):
     E. Gallicchio et al., J. Comput. Chem. 44, 1153 (2023).
     """
 
+    # Whether an energy is finite decides what is computed.
+    replays = False
+
     destinations: Tensor
     origins: Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ class AbstractTerm(nn.Module, abc.ABC):
     periodic: bool
     #: Whether any cell with a volume will do, rather than OpenMM's reduced form alone.
     general_cell: bool = False
-    #: Whether nothing but tensors decides what it computes, so that an evaluation on a GPU may be
-    #: recorded and replayed with other numbers.
+    #: Whether nothing but tensors and public attributes decides what it computes, so that an
+    #: evaluation on a GPU may be recorded and replayed with other numbers. What is stored in a list
+    #: or dictionary that an attribute names must stay as it is. Subclasses outside of mdgraft have
+    #: to say so again.
     replays: bool = False
+    #: How often a public attribute has been set.
+    _changes: int = 0
     #: Names of other terms whose values this one gets as well, as ``<term>.<parameter>``.
     borrows: tuple[str, ...] = ()
 
@@ -33,6 +38,11 @@ class AbstractTerm(nn.Module, abc.ABC):
         super().__init__()
         self.periodic = periodic
         self.units: dict[str, str] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_") and name != "training":
+            self.__dict__["_changes"] = self._changes + 1
 
     def add_parameter(self, name: str, value: Tensor, unit: str) -> None:
         """Register a trainable parameter under the host's name for it."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mdgraft._errors import DeviceKernelWarning, MDGraftError
 from mdgraft.kernels.device.plain import PlainKernel
+from mdgraft.kernels.device.recording import NotRecordableError, recorder
 from mdgraft.kernels.kernel import Inputs, Kernel, PerFrame
 
 #: Largest differences, as a share of the largest number, and of energies [kJ/mol] by particle.
@@ -91,6 +92,9 @@ class Guarded:
         key = label, method, dtype, asked, inputs[1].shape[1], tuple(d is None for d in directions)
         if key in _COMPARED:
             return run(inputs, *arguments)
+        if recorder(inputs[0]) is not None:
+            # Comparing waits for the device, which must not count against the kernel.
+            raise NotRecordableError("a kernel has yet to be compared")
         try:
             found = run(inputs, *arguments)
             if device.type == "cuda":

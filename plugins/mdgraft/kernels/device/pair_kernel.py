@@ -35,17 +35,15 @@ _ROWS = 1 << 16
 
 @dataclasses.dataclass
 class _Known:
-    """A list, the configurations it was made for, and how to make another one.
-
-    Recordings read it, so that it can be brought up to date in place once it has room.
-    """
+    """A list, the configurations it was made for, and how to make another one."""
 
     clusters: ClusterList
     positions: Tensor
     box: Tensor | None
     skin: float
     make: Callable[[Tensor, Tensor | None, float], ClusterList]
-    has_room: bool = False
+    #: Whether a newer list was too long for its memory.
+    full: bool = False
 
     def holds(self, positions: Tensor, box: Tensor | None) -> Tensor:
         """Whether every pair within the cutoff is still in the list ``()``."""
@@ -57,6 +55,7 @@ class _Known:
     def renew(self, positions: Tensor, box: Tensor | None) -> bool:
         """Bring it up to date in place; false if there is no room."""
         if not self.clusters.refill(self.make(positions, box, self.skin)):
+            self.full = True
             return False
         self.positions.copy_(positions)
         if box is not None and self.box is not None:
@@ -64,10 +63,20 @@ class _Known:
         return True
 
     def with_room(self) -> _Known:
-        """The same where there is room for longer lists."""
-        if self.has_room:
-            return self
-        return dataclasses.replace(self, clusters=self.clusters.roomy(), has_room=True)
+        """A copy that has room for longer lists, so that it can be renewed in place."""
+        box = None if self.box is None else self.box.clone()
+        return dataclasses.replace(
+            self, clusters=self.clusters.roomy(), positions=self.positions.clone(), box=box
+        )
+
+    def fits(self, positions: Tensor, box: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether it is of as many particles in float64, in the same place and precision."""
+        return (
+            self.positions.shape == positions.shape
+            and self.positions.device == positions.device
+            and self.clusters.offsets.dtype == dtype
+            and (self.box is None) == (box is None)
+        )
 
 
 class DevicePairKernel:
@@ -100,6 +109,8 @@ class DevicePairKernel:
         #: Each once, as an array: a tensor made inside a torch.func transform must not outlive it.
         self._exclusions = pairs.T[pairs[0] < pairs[1]]
         self._known: _Known | None = None
+        #: What recordings read; nobody else does, since it is renewed in place.
+        self._recorded: _Known | None = None
 
     @property
     def label(self) -> tuple[Hashable, ...]:
@@ -299,30 +310,37 @@ class DevicePairKernel:
 
     def _clusters(self, positions: Tensor, box: Tensor | None) -> ClusterList:
         """The list, made anew when particles have moved by half its skin or the box changed."""
-        here = positions.double()
+        here, dtype = positions.double(), positions.dtype
         cell = None if box is None else box.double()
         known, moved = self._known, math.inf
+        if known is not None and not known.fits(here, cell, dtype):
+            known = None
         recording = recorder(positions)
         if recording is not None:
-            if known is None or not known.skin or not _alike(known, here, cell):
-                raise NotRecordableError("there is no list yet")
-            self._known = known = known.with_room()
-            recording.require(known.holds(here, cell))
-            recording.depend(known, here, cell)
-            return known.clusters
+            lists = self._recorded
+            if lists is None or lists.full or not lists.fits(here, cell, dtype):
+                if known is None or not known.skin:
+                    raise NotRecordableError("there is no list yet")
+                if here.is_cuda and torch.cuda.is_current_stream_capturing():
+                    # It was there a moment ago; its memory must not be that of the recording.
+                    raise NotRecordableError("another thread has used up the list")
+                self._recorded = lists = known.with_room()
+            recording.require(lists.holds(here, cell))
+            recording.depend(lists, here, cell)
+            return lists.clusters
         # Where a list was made decides how sums are rounded.
         exact = torch.are_deterministic_algorithms_enabled()
-        if known is not None and _alike(known, here, cell):
+        if known is not None:
             moved = _moved(known, here, cell)
             if moved == known.skin == 0 or (2 * moved <= known.skin and not exact):
                 return known.clusters
         # Without a cutoff, so far that places within clusters are still short numbers.
         skin = _FAR if math.isinf(self.cutoff) else 0.0
         # A skin pays if it lasts: not for frames that have little to do with each other.
-        lasts = known is None or 6 * moved <= SKIN * self.cutoff
+        lasts = self._known is None or 6 * moved <= SKIN * self.cutoff
         if lasts and not (len(here) > 1 or exact or math.isinf(self.cutoff)):
             skin = SKIN * self.cutoff
-        make = functools.partial(self._list, positions.dtype)
+        make = functools.partial(self._list, dtype)
         clusters = make(here, cell, skin)
         box = None if cell is None else cell.clone()
         self._known = _Known(clusters, here.clone(), box, skin, make)
@@ -338,15 +356,6 @@ class DevicePairKernel:
             require_room(cells[diagonals.argmin()], self.cutoff)
         exclusions = torch.as_tensor(self._exclusions, device=positions.device)
         return cluster_list(positions, box, self.cutoff + skin, exclusions, dtype)
-
-
-def _alike(known: _Known, positions: Tensor, box: Tensor | None) -> bool:
-    """Whether a list is of as many particles, in the same place."""
-    return (
-        known.positions.shape == positions.shape
-        and known.positions.device == positions.device
-        and (known.box is None) == (box is None)
-    )
 
 
 def _moved(known: _Known, positions: Tensor, box: Tensor | None) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +48,7 @@ class Recorder:
     def __init__(self, stream: torch.cuda.Stream | None, box: Tensor) -> None:
         #: All that it runs on.
         self.streams = None if stream is None else {stream.cuda_stream}
+        self.thread = threading.get_ident()
         self._checked = _Checked(box)
         self.conditions: list[Tensor] = []
         self.renewable: list[tuple[Renewable, Tensor, Tensor | None]] = []
@@ -84,7 +86,9 @@ class _Checked:
 
 #: One at a time in a process. Not a context variable: backward passes run in threads of their own.
 _ACTIVE: Recorder | None = None
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
+#: Recordings of a device share lists, which must not be renewed while another one is replayed.
+_REPLAYING: dict[torch.device, threading.RLock] = {}
 
 
 def recorder(tensor: Tensor) -> Recorder | None:
@@ -93,7 +97,8 @@ def recorder(tensor: Tensor) -> Recorder | None:
     if active is None:
         return None
     if active.streams is None:
-        return active if tensor.device.type == "cpu" else None
+        here = tensor.device.type == "cpu" and active.thread == threading.get_ident()
+        return active if here else None
     if not tensor.is_cuda:
         return None
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
@@ -192,18 +197,23 @@ class Recording:
     Raises
     ------
     NotRecordableError
-        If the function waits for the device.
+        If the function waits for the device, or another one is being recorded.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor]) -> None:
         self._inputs = [t.detach().clone() for t in inputs]
-        self._lock = threading.Lock()
         box = self._inputs[1].clone()
-        with _LOCK:
+        self._lock = _REPLAYING.setdefault(box.device, threading.RLock())
+        # Not waited for: backward passes of all threads share one that this one may wait for.
+        if not _LOCK.acquire(blocking=False):
+            raise NotRecordableError("another evaluation is being recorded")
+        try:
             if box.is_cuda:
                 self._record(function, box)
             else:
                 self._emulate(function, box)
+        finally:
+            _LOCK.release()
 
     def __call__(self, inputs: Sequence[Tensor], check: Callable[[], None]) -> Outputs | None:
         """Outputs for other inputs.
@@ -252,15 +262,18 @@ class Recording:
             with torch.cuda.stream(stream), _recorded_by(rehearsal), _without_waiting():
                 self._run(function, rehearsal)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream), _recorded_by(self._recorder):
+            with torch.cuda.stream(stream), _recorded_by(self._recorder), _without_collecting():
                 self._graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._outputs, self._valid = self._run(function, self._recorder)
-                except Exception as error:
+                    self._graph.capture_end()
+                except BaseException as error:
+                    # Also when it is interrupted: the device would record ever after.
                     with contextlib.suppress(RuntimeError):
                         self._graph.capture_end()
+                    if isinstance(error, NotRecordableError) or not isinstance(error, Exception):
+                        raise
                     raise NotRecordableError(str(error)) from error
-                self._graph.capture_end()
             current.wait_stream(stream)
         self._replay = self._graph.replay
 
@@ -268,8 +281,9 @@ class Recording:
         """Run the function again instead, into the same memory."""
 
         def run() -> tuple[Tensor, Tensor]:
-            with _recorded_by(Recorder(None, box)) as self._recorder, torch.enable_grad():
-                return self._run(function, self._recorder)
+            active = Recorder(None, box)
+            with _LOCK, _recorded_by(active) as self._recorder, torch.enable_grad():
+                return self._run(function, active)
 
         def replay() -> None:
             outputs, valid = run()
@@ -278,6 +292,18 @@ class Recording:
 
         self._outputs, self._valid = run()
         self._replay = replay
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Garbage may hold other recordings, and a device does not free those while it records."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

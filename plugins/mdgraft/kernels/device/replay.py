@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mdgraft.kernels.batching import in_older_batch
 from mdgraft.kernels.derivatives import _needed
 from mdgraft.kernels.device.recording import (
     Function,
@@ -29,6 +32,8 @@ Energy = Callable[[Sequence[Tensor]], Tensor]
 _BEFORE = 2
 #: Recordings that are kept; each holds memory of its own.
 _MOST = 6
+#: Kinds of evaluations that are remembered.
+_KINDS = 64
 
 
 def may_replay(positions: Tensor) -> bool:
@@ -42,8 +47,21 @@ def may_replay(positions: Tensor) -> bool:
         and not under_transform()
         and not torch.is_inference_mode_enabled()
         and not torch.are_deterministic_algorithms_enabled()
+        # What these change or want to see is in the middle of an evaluation.
+        and not torch.is_autocast_enabled(positions.device.type)
+        and not torch.is_anomaly_enabled()
+        and not _saves_elsewhere()
         and not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _saves_elsewhere() -> bool:
+    """Whether `torch.autograd.graph.saved_tensors_hooks` are in place, as for checkpoints."""
+    try:
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    except (AttributeError, TypeError):
+        # Not a public function. Without it, hooks see the inputs alone.
+        return False
 
 
 def _has_tangents(inputs: Sequence[Tensor]) -> bool:
@@ -54,13 +72,30 @@ def _has_tangents(inputs: Sequence[Tensor]) -> bool:
     return any(unpack(t).tangent is not None for t in inputs)
 
 
+@dataclasses.dataclass
+class _Kind:
+    """Evaluations that one recording would be good for."""
+
+    #: What the key names by its identity, which must not become that of something else.
+    held: object
+    #: How many are still to come before the next one is recorded; None if it cannot be.
+    waits: int | None = _BEFORE
+    patience: int = _BEFORE
+    recording: Recording | None = None
+
+    def put_off(self) -> None:
+        """Wait, longer each time, before it is tried again."""
+        self.recording, self.waits = None, self.patience
+        self.patience = min(2 * self.patience, 64)
+
+
 class Replays:
     """Recordings of the evaluations of a potential, by what was asked for."""
 
     def __init__(self) -> None:
-        self._seen: collections.Counter[Hashable] = collections.Counter()
-        self._failed: set[Hashable] = set()
-        self._kept: collections.OrderedDict[Hashable, Recording] = collections.OrderedDict()
+        #: The last ones that were asked for, the latest last.
+        self._kinds: collections.OrderedDict[Hashable, _Kind] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     # A copy records for itself.
     def __deepcopy__(self, memo: object) -> Replays:
@@ -69,6 +104,11 @@ class Replays:
     def __reduce__(self) -> tuple[Any, ...]:
         return Replays, ()
 
+    @property
+    def kept(self) -> list[Recording]:
+        """All recordings, the one that was used last at the end."""
+        return [k.recording for k in self._kinds.values() if k.recording is not None]
+
     def session(
         self,
         energy: Energy,
@@ -76,6 +116,7 @@ class Replays:
         inputs: Sequence[Tensor],
         needed: Sequence[bool],
         key: Hashable,
+        held: object,
     ) -> Session | None:
         """An evaluation by recordings; None if it is not (yet) one.
 
@@ -91,45 +132,54 @@ class Replays:
             Inputs whose slopes are needed.
         key
             Whatever else the energy depends on.
+        held
+            What the key names by its identity.
         """
         kinds = {(t.dtype, t.device) for t in inputs}
         if len(kinds) != 1 or _has_tangents(inputs):
             return None
-        whole = key, kinds.pop(), tuple(t.shape for t in inputs)
-        session = Session(self, energy, check, inputs, tuple(needed), whole)
+        precision = torch.get_float32_matmul_precision()
+        whole = key, kinds.pop(), precision, tuple(t.shape for t in inputs)
+        session = Session(self, energy, check, inputs, tuple(needed), whole, held)
         return None if session.first_recording() is None else session
 
     def recording(
-        self, key: Hashable, function: Function, inputs: Sequence[Tensor]
+        self, key: Hashable, function: Function, inputs: Sequence[Tensor], held: object
     ) -> Recording | None:
         """The recording of this name, made if it is time for it."""
-        known = self._kept.get(key)
-        if known is not None:
-            self._kept.move_to_end(key)
-            return known
-        if key in self._failed:
-            return None
-        self._seen[key] += 1
-        if self._seen[key] <= _BEFORE:
-            return None
+        with self._lock:
+            kind = self._kinds.get(key)
+            if kind is None:
+                kind = self._kinds[key] = _Kind(held)
+                if len(self._kinds) > _KINDS:
+                    self._kinds.popitem(last=False)
+            self._kinds.move_to_end(key)
+            if kind.recording is not None or kind.waits is None:
+                return kind.recording
+            if kind.waits:
+                kind.waits -= 1
+                return None
+            # Others do not wait meanwhile.
+            kind.put_off()
         try:
             made = Recording(function, inputs)
         except NotRecordableError as error:
-            if error.__cause__ is None:
-                # Lists have yet to be made.
-                self._seen[key] = 0
-            else:
-                self._failed.add(key)
+            if error.__cause__ is not None:
+                # Not for want of lists: it never can be.
+                kind.waits = None
             return None
-        self._kept[key] = made
-        if len(self._kept) > _MOST:
-            self._kept.popitem(last=False)
+        with self._lock:
+            kind.recording = made
+            others = [k for k in self._kinds.values() if k.recording is not None]
+            for other in others[:-_MOST]:
+                other.put_off()
         return made
 
     def forget(self, key: Hashable) -> None:
         """Throw a recording away that cannot be renewed."""
-        self._kept.pop(key, None)
-        self._seen[key] = 0
+        with self._lock:
+            if key in self._kinds:
+                self._kinds[key].put_off()
 
 
 class Session:
@@ -143,9 +193,11 @@ class Session:
         inputs: Sequence[Tensor],
         needed: tuple[bool, ...],
         key: Hashable,
+        held: object,
     ) -> None:
         self._replays, self.function, self._check = replays, energy, check
         self._inputs, self.needed, self._key = inputs, needed, (key, needed)
+        self._held = held
 
     def energy(self) -> Tensor:
         """The energy ``(1,)``, differentiable in the inputs that need it."""
@@ -157,7 +209,7 @@ class Session:
 
     def first_recording(self) -> Recording | None:
         """The recording of the energy and its slopes."""
-        return self._replays.recording(self._key, self._first, self._inputs)
+        return self._replays.recording(self._key, self._first, self._inputs, self._held)
 
     def first(self) -> Outputs:
         """The energy, then its slopes in the inputs that need them."""
@@ -165,7 +217,7 @@ class Session:
 
     def _found(self, key: Hashable, function: Function, every: Sequence[Tensor]) -> Outputs:
         """What a function of the inputs, and maybe of more tensors, returns."""
-        recording = self._replays.recording(key, function, every)
+        recording = self._replays.recording(key, function, every, self._held)
         if recording is not None:
             found = recording(every, lambda: self._check(self._inputs))
             if found is not None:
@@ -233,6 +285,12 @@ def _leaves(inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     return [t.view_as(t) for t in leaves]
 
 
+def _seen(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs with their graphs, as views: one may depend on another, but slopes are partial."""
+    with torch.enable_grad():
+        return [t.view_as(t) for t in inputs]
+
+
 def _chosen(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor]:
     return [t for t, on in zip(tensors, flags, strict=True) if on]
 
@@ -258,6 +316,11 @@ def _spread(values: Sequence[Tensor | None], flags: Sequence[bool]) -> list[Tens
     return [next(rest) if on else None for on in flags]
 
 
+def _in_batch(tensors: Sequence[Tensor]) -> bool:
+    """Whether a transform, or ``is_grads_batched``, has made batches of tensors."""
+    return under_transform() or in_older_batch(tensors)
+
+
 class _Energy(torch.autograd.Function):
     """``(session, *inputs) -> (1,)``."""
 
@@ -274,12 +337,17 @@ class _Energy(torch.autograd.Function):
         needed = ctx.session.needed
         if torch.is_grad_enabled():
             asked = _needed(ctx, needed)
-            slopes = _spread(list(ctx.found.views())[1:], needed)
+            if _in_batch([weight]):
+                # In a batch of weights: by torch operations from here on.
+                inputs = _seen(ctx.saved_tensors)
+                slopes = _slopes(ctx.session.function(inputs), _chosen(inputs, asked), graph=True)
+                return (None, *_spread([weight.reshape(()) * s for s in slopes], asked))
+            known = _spread(list(ctx.found.views())[1:], needed)
             apply: Any = _Slopes.apply
             found = apply(
                 ctx.session,
                 asked,
-                [s for s, on in zip(slopes, asked, strict=True) if on],
+                [s for s, on in zip(known, asked, strict=True) if on],
                 weight,
                 *ctx.saved_tensors,
             )
@@ -318,11 +386,13 @@ class _Slopes(torch.autograd.Function):
         given = tuple(g is not None for g in every)
         directions = [g for g in every if g is not None]
         slopes = [s for s, g in zip(ctx.slopes, grad_outputs, strict=True) if g is not None]
-        if torch.is_grad_enabled():
-            # A third derivative is on its way: by torch operations from here on.
-            products = session.products(given, wanted, inputs, directions, graph=True)
+        graph = torch.is_grad_enabled()
+        if graph or _in_batch(directions) or not may_replay(inputs[0]):
+            # A third derivative may be on its way: by torch operations from here on.
+            inputs = _seen(inputs)
+            products = session.products(given, wanted, inputs, directions, graph=graph)
             found = [p * weight.reshape(()) for p in products]
-            if of_weight:
+            if of_weight and graph:
                 slopes = _slopes(session.function(inputs), _chosen(inputs, given), graph=True)
         elif any(wanted) and directions:
             found = session.second(given, wanted, inputs, directions).times(weight)

@@ -48,6 +48,8 @@ class AbstractRun(abc.ABC):
         self.observer = Observer(observable, conjugates, sampler.state)
         self._series: dict[str, list[Tensor]] = {name: [] for name in self._series_shapes()}
         self._begun = False
+        #: Where this run has left the chains.
+        self._left = sampler.state
 
     def advance(self, n_samples: int) -> None:
         """Go on with the chains for more samples of each; the first call warms up before.
@@ -55,9 +57,11 @@ class AbstractRun(abc.ABC):
         Raises
         ------
         InvalidInputError
-            For a count or a stride below one.
+            For a count or a stride below one; or if the chains are not where this run has left
+            them, or their energy has changed, since what was gathered then belongs to others.
         """
         following = steps(self.sampler, n_samples, self.stride)
+        self._check_left()
         if not self._begun:
             self._begun = True
             self._warm_up()
@@ -66,6 +70,18 @@ class AbstractRun(abc.ABC):
                 self._follow(update)
             if sample:
                 self._take(self.sampler.state)
+        self._left = self.sampler.state
+
+    def _check_left(self) -> None:
+        left, now = self._left, self.sampler.state
+        if now.step != left.step or not torch.equal(now.positions, left.positions):
+            raise InvalidInputError(
+                f"sampler: its chains were left after {left.step} steps and are now after "
+                f"{now.step}, some of which this run has not followed to their end; let the run "
+                "alone drive its sampler, and load what was stored, or begin another run, after "
+                "an error"
+            )
+        _check_energies(left.energies, now.energies)
 
     @abc.abstractmethod
     def estimate(self) -> Estimate:
@@ -131,7 +147,8 @@ class AbstractRun(abc.ABC):
         Raises
         ------
         InvalidInputError
-            If it is of another estimator, other parameters, another stride or other chains.
+            If it is of another estimator, other parameters or other values of these, another
+            stride or other chains.
         """
         own = self.state_dict()
         unlike = {k for k in own.keys() ^ values.keys() if not k.startswith(_SAMPLER)}
@@ -151,12 +168,15 @@ class AbstractRun(abc.ABC):
                 raise InvalidInputError(
                     f"values: hold samples of {name} of shape {tuple(got)}, wanted {tuple(wanted)}"
                 )
-        self.sampler.load_state_dict(_below(_SAMPLER, values))
+        below = _below(_SAMPLER, values)
+        self.sampler.load_state_dict(below)
+        _check_energies(below.get("state.energies"), self.sampler.state.energies)
         device = self.sampler.state.positions.device
         for name in self._series:
             self._series[name] = list(values[_SERIES + name].to(device).unbind(dim=0))
         self._begun = bool(values["begun"])
         self._restore({name: value.clone() for name, value in _below(_OWN, values).items()})
+        self._left = self.sampler.state
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict` to a NumPy ``.npz`` file of plain arrays."""
@@ -194,6 +214,20 @@ class AbstractPathGradient(AbstractGradient):
         run = self.begin(sampler, observable, stride=stride, parameters=parameters)
         run.advance(n_samples)
         return run.estimate()
+
+
+def _check_energies(before: Tensor | None, now: Tensor | None) -> None:
+    """Raise if the same configurations have other energies than before."""
+    if before is None or now is None:
+        return
+    before = before.to(now.device)
+    # As a sampler that is loaded tells rounding from other parameters.
+    if bool(((now - before).abs() > 1e-6 * now.abs().clamp(min=1.0)).any()):
+        raise InvalidInputError(
+            "target: its energy has changed since the run has left its chains (by up to "
+            f"{float((now - before).abs().max()):.3g} kJ/mol), so that later samples are of "
+            "another distribution; begin another run for other parameters"
+        )
 
 
 def _below(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

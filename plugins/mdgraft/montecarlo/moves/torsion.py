@@ -99,7 +99,7 @@ class Torsion(AbstractMove):
             return
         axes = self.axes.to(state.positions.device)
         bond = state.positions[:, axes[:, 1]] - state.positions[:, axes[:, 0]]
-        fractional = bond @ reciprocal(state.box)
+        fractional = bond @ reciprocal(state.box).to(bond)
         if bool((fractional.abs() > 0.5).any()):
             pair = axes[int((fractional.abs() > 0.5).any(dim=-1).nonzero()[0, 1])].tolist()
             raise InvalidInputError(
