@@ -50,7 +50,7 @@ def differentiable_energy(
     if pieces is not None:
         return pieces.add(kernel, inputs)
     apply: Any = _Energy.apply
-    # Nodes between the leaves and the energy, see `_needed`.
+    # Nodes between the leaves and the energy, see `asked_for`.
     result: Tensor = apply(_Call(kernel, inputs), *(t.view_as(t) for t in inputs))
     return result
 
@@ -89,7 +89,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.shape, tensor.stride()
 
 
-def _needed(ctx: Any, flags: Sequence[bool]) -> tuple[bool, ...]:
+def asked_for(ctx: Any, flags: Sequence[bool]) -> tuple[bool, ...]:
     """Inputs whose derivatives the backward pass that runs asks for.
 
     Torch's own ``needs_input_grad`` is about all passes, and each entry of a parameter may cost
@@ -125,7 +125,7 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[1:])
+        tensors, wanted = ctx.saved_tensors, asked_for(ctx, ctx.needs_input_grad[1:])
         apply: Any = _Gradient.apply
         gradients = apply(ctx.call, wanted, *tensors)
         (weight,) = grad_outputs
@@ -186,7 +186,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         tensors, tangents = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        needed = _needed(ctx, ctx.needs_input_grad[3:])
+        needed = asked_for(ctx, ctx.needs_input_grad[3:])
         (weight,) = grad_outputs
         weighted = [
             weight.reshape(-1, *(1,) * (tangent.ndim - 1)) * tangent if on else tangent
@@ -249,7 +249,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[2:])
+        tensors, wanted = ctx.saved_tensors, asked_for(ctx, ctx.needs_input_grad[2:])
         directions = [
             g if on else t.new_zeros(0)
             for g, on, t in zip(grad_outputs, ctx.wanted, tensors, strict=True)
@@ -298,7 +298,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         n = ctx.n
         tensors, directions = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
-        needed = _needed(ctx, ctx.needs_input_grad[3:])
+        needed = asked_for(ctx, ctx.needs_input_grad[3:])
         # Second derivatives are symmetric: what multiplies the products multiplies from the left.
         left = [
             g if on else t.new_zeros(0)

@@ -19,9 +19,9 @@ from mdgraft.kernels.derivatives import (
     _by_frame,
     _Call,
     _Gradient,
-    _needed,
     _product,
     _shared,
+    asked_for,
 )
 from mdgraft.kernels.kernel import Kernel
 
@@ -78,7 +78,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, _needed(ctx, ctx.needs_input_grad[1:])
+        tensors, wanted = ctx.saved_tensors, asked_for(ctx, ctx.needs_input_grad[1:])
         (weights,) = grad_outputs
         apply: Any = _Gradient.apply
         inputs, needed = _weighted(tensors, weights), _weighted(wanted, False)

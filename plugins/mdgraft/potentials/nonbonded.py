@@ -279,8 +279,8 @@ class Nonbonded(AbstractTerm):
             parts.append(lambda: self._reciprocal(positions, box, charge, sigma, epsilon))
             if settings.include_direct:
                 parts.append(lambda: -self._excluded(positions, box, charge, sigma, epsilon))
-        made = [t for t in (positions, box, charge, sigma, epsilon, present) if t is not None]
-        found = side_by_side(positions, parts, [*made, *own, *values.values()])
+        read = (positions, box, charge, sigma, epsilon, present, *own, *values.values())
+        found = side_by_side(positions, parts, (t for t in read if t is not None))
         return functools.reduce(torch.add, found)
 
     def _correction(

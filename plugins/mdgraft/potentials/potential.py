@@ -21,7 +21,7 @@ from mdgraft.kernels.mapped import mapped_energy
 from mdgraft.kernels.pieces import collecting
 from mdgraft.kernels.switch import on_device, under_transform
 from mdgraft.potentials._inputs import as_frames, check_frames
-from mdgraft.potentials._state import state
+from mdgraft.potentials._recorded import session_of
 from mdgraft.potentials.held import Held
 from mdgraft.potentials.term import AbstractTerm
 from mdgraft.potentials.ties import Ties
@@ -180,7 +180,7 @@ class Potential(nn.Module):
             return energy.reshape(leading)
 
         parts = [functools.partial(energy_of, name) for name in self.term_names]
-        made = [t for t in (frames, cells, *values.values()) if t is not None]
+        made = (t for t in (frames, cells, *values.values()) if t is not None)
         return dict(zip(self.term_names, side_by_side(frames, parts, made), strict=True))
 
     def forces(self, positions: PositionsLike, box: BoxLike = None) -> Tensor:
@@ -237,27 +237,7 @@ class Potential(nn.Module):
         kind: Any = type(self)
         if not (self.term_names and may_replay(frames) and _is_plain(kind)):
             return None
-        found = state(self)
-        if found is None:
-            return None
-        own, held, key = found
-        box = frames.new_empty(0, 3, 3) if cells is None else cells
-        inputs = (frames, box, *map(seen, own))
-
-        def energy(tensors: Sequence[Tensor]) -> Tensor:
-            x, h, *parameters = tensors
-            names = [name for name, _ in self.named_parameters()]
-            values = self.values(dict(zip(names, parameters, strict=True)))
-            by_term = self.energy_by_term(x, None if cells is None else h, values=values)
-            return torch.stack(list(by_term.values())).sum(dim=0)
-
-        def check(tensors: Sequence[Tensor]) -> None:
-            box = None if cells is None else tensors[1]
-            check_frames(tensors[0], box, reduced=not self.general_cell)
-
-        needed = [torch.is_grad_enabled() and t.requires_grad for t in inputs]
-        key = (self.term_names, self.n_particles, *key)
-        return self._replays.session(energy, check, inputs, needed, key, held)
+        return session_of(self, frames, cells, seen)
 
     # Structure --------------------------------------------------------------------------------
 

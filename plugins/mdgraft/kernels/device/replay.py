@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mdgraft.kernels.batching import in_older_batch
-from mdgraft.kernels.derivatives import _needed
+from mdgraft.kernels.derivatives import asked_for
 from mdgraft.kernels.device.recording import (
     Function,
     NotRecordableError,
@@ -141,7 +141,7 @@ class Replays:
         precision = torch.get_float32_matmul_precision()
         whole = key, kinds.pop(), precision, tuple(t.shape for t in inputs)
         session = Session(self, energy, check, inputs, tuple(needed), whole, held)
-        return None if session.first_recording() is None else session
+        return session if session.is_recorded() else None
 
     def recording(
         self, key: Hashable, function: Function, inputs: Sequence[Tensor], held: object
@@ -198,6 +198,7 @@ class Session:
         self._replays, self.function, self._check = replays, energy, check
         self._inputs, self.needed, self._key = inputs, needed, (key, needed)
         self._held = held
+        self._recording: Recording | None = None
 
     def energy(self) -> Tensor:
         """The energy ``(1,)``, differentiable in the inputs that need it."""
@@ -207,17 +208,28 @@ class Session:
 
     # Energy and slopes ------------------------------------------------------------------------
 
-    def first_recording(self) -> Recording | None:
-        """The recording of the energy and its slopes."""
-        return self._replays.recording(self._key, self._first, self._inputs, self._held)
+    def is_recorded(self) -> bool:
+        """Whether there is a recording of the energy and its slopes."""
+        self._recording = self._recording_of(self._key, self._first, self._inputs)
+        return self._recording is not None
 
     def first(self) -> Outputs:
         """The energy, then its slopes in the inputs that need them."""
-        return self._found(self._key, self._first, self._inputs)
+        return self._found(self._recording, self._key, self._first, self._inputs)
 
-    def _found(self, key: Hashable, function: Function, every: Sequence[Tensor]) -> Outputs:
+    def _recording_of(
+        self, key: Hashable, function: Function, every: Sequence[Tensor]
+    ) -> Recording | None:
+        return self._replays.recording(key, function, every, self._held)
+
+    def _found(
+        self,
+        recording: Recording | None,
+        key: Hashable,
+        function: Function,
+        every: Sequence[Tensor],
+    ) -> Outputs:
         """What a function of the inputs, and maybe of more tensors, returns."""
-        recording = self._replays.recording(key, function, every, self._held)
         if recording is not None:
             found = recording(every, lambda: self._check(self._inputs))
             if found is not None:
@@ -248,7 +260,8 @@ class Session:
                 leaves = _leaves(tensors[:n], self.needed)
             return self.products(given, wanted, leaves, tensors[n:])
 
-        return self._found((self._key, given, wanted), products, [*inputs, *directions])
+        key, every = (self._key, given, wanted), [*inputs, *directions]
+        return self._found(self._recording_of(key, products, every), key, products, every)
 
     def products(
         self,
@@ -336,7 +349,7 @@ class _Energy(torch.autograd.Function):
         (weight,) = grad_outputs
         needed = ctx.session.needed
         if torch.is_grad_enabled():
-            asked = _needed(ctx, needed)
+            asked = asked_for(ctx, needed)
             if _in_batch([weight]):
                 # In a batch of weights: by torch operations from here on.
                 inputs = _seen(ctx.saved_tensors)
@@ -380,7 +393,7 @@ class _Slopes(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         session: Session = ctx.session
-        of_weight, *flags = _needed(ctx, ctx.needs_input_grad[3:])
+        of_weight, *flags = asked_for(ctx, ctx.needs_input_grad[3:])
         wanted = tuple(a and b for a, b in zip(flags, session.needed, strict=True))
         every = _spread(grad_outputs, ctx.asked)
         given = tuple(g is not None for g in every)

@@ -1,16 +1,60 @@
-"""What decides what the modules of a potential compute, so that a change is noticed."""
+"""Recorded evaluations of a potential, and what decides what its modules compute.
+
+A recording holds as long as nothing changes but positions, box and parameters; see
+`mdgraft.kernels.device.replay`.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from mdgraft.kernels.device.replay import Session
+from mdgraft.potentials._inputs import check_frames
 
-def state(
+if TYPE_CHECKING:
+    from mdgraft.potentials.potential import Potential
+
+
+def session_of(
+    potential: Potential,
+    frames: Tensor,
+    cells: Tensor | None,
+    seen: Callable[[Tensor], Tensor],
+) -> Session | None:
+    """A recorded evaluation of a single frame, if there is one.
+
+    Parameters are taken as ``seen`` returns them.
+    """
+    found = _state(potential)
+    if found is None:
+        return None
+    own, held, key = found
+    box = frames.new_empty(0, 3, 3) if cells is None else cells
+    inputs = (frames, box, *map(seen, own))
+
+    def energy(tensors: Sequence[Tensor]) -> Tensor:
+        x, h, *parameters = tensors
+        names = [name for name, _ in potential.named_parameters()]
+        values = potential.values(dict(zip(names, parameters, strict=True)))
+        by_term = potential.energy_by_term(x, None if cells is None else h, values=values)
+        return torch.stack(list(by_term.values())).sum(dim=0)
+
+    def check(tensors: Sequence[Tensor]) -> None:
+        box = None if cells is None else tensors[1]
+        check_frames(tensors[0], box, reduced=not potential.general_cell)
+
+    needed = [torch.is_grad_enabled() and t.requires_grad for t in inputs]
+    key = (potential.term_names, potential.n_particles, *key)
+    return potential._replays.session(energy, check, inputs, needed, key, held)
+
+
+def _state(
     potential: nn.Module,
 ) -> tuple[list[Tensor], list[object], tuple[Hashable, ...]] | None:
     """What may be recorded of the modules in a potential, and when it holds.
