@@ -14,11 +14,12 @@ from mdgraft.potentials import AbstractTerm, is_reserved
 from mdgraft.potentials.amoeba.generalized_kirkwood import GeneralizedKirkwood
 from mdgraft.potentials.external import ExternalTerm
 
+from mdgraft_openmm._classes import known_class
 from mdgraft_openmm._converter import Host, global_key, number
-from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, known_class, uses_box
+from mdgraft_openmm._engine import COMPANIONS, ForceEngine, index_of, uses_box
 from mdgraft_openmm._held import held_by
 from mdgraft_openmm.export.term import TorchTerm
-from mdgraft_openmm.forces import CONVERTERS, WITHOUT_ENERGY
+from mdgraft_openmm.forces import WITHOUT_ENERGY, converter_of, known_converter
 from mdgraft_openmm.virtual_sites import read_sites
 
 
@@ -81,13 +82,13 @@ def _declared(force: Any, term: AbstractTerm) -> dict[str, float]:
     """Global parameters that a force adds to a Context, with their defaults."""
     if isinstance(term, ExternalTerm) and isinstance(term.engine, ForceEngine):
         return term.engine.global_defaults
-    converter = CONVERTERS.get(type(force))
+    converter = converter_of(force)
     return converter.global_defaults(force) if converter is not None else {}
 
 
 def read_native(force: openmm.Force, host: Host) -> AbstractTerm | None:
     """The native term of a force, or None if it has none."""
-    converter = CONVERTERS.get(type(force))
+    converter = converter_of(force)
     try:
         return converter.read(force, host) if converter is not None else None
     except UnsupportedForceError:
@@ -178,14 +179,14 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
 
     It has the parameters of the ``native`` term; None leaves only global ones.
     """
-    converter = CONVERTERS.get(type(force)) if native is not None else None
+    converter = converter_of(force) if native is not None else None
     values = native.parameter_values() if native is not None else {}
     borrows = native.borrows if native is not None else ()
     others = {name: energy_forces(host.system)[name] for name in borrows}
     lent = [
         f"{name}.{key}"
         for name, other in others.items()
-        for key in CONVERTERS[type(other)].read(other, host).parameter_values()
+        for key in known_converter(other).read(other, host).parameter_values()
     ]
     platform, properties = "Reference", {}
     if host.context is not None:
@@ -203,7 +204,7 @@ def host_term(host: Host, force: openmm.Force, native: AbstractTerm | None) -> E
         names=(*values, *lent),
         platform=platform,
         properties=properties,
-        companions={name: CONVERTERS[type(other)] for name, other in others.items()},
+        companions={name: known_converter(other) for name, other in others.items()},
     )
     return ExternalTerm(
         engine,
@@ -236,6 +237,6 @@ def _check_parameters(name: str, term: AbstractTerm, force: openmm.Force) -> Non
                 f"host_object: {name}.{key} holds NaN or infinity at entry {entry}; correct the "
                 "force's parameters"
             )
-    refused = CONVERTERS[type(force)].refused(values, force)
+    refused = known_converter(force).refused(values, force)
     if refused:
         raise InvalidInputError(f"host_object: {refused}. Correct the force's parameters")

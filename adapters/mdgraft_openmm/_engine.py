@@ -13,6 +13,7 @@ import torch
 from mdgraft import InvalidInputError, MissingBoxError, UnsupportedDerivativeError
 from mdgraft.kernels.external import FOUR_POINTS, Arrays, Steps
 
+from mdgraft_openmm._classes import known_class
 from mdgraft_openmm._converter import AbstractConverter, global_key, number
 from mdgraft_openmm._copies import (
     faithful_copy,
@@ -463,17 +464,6 @@ def _of_ensemble(force: openmm.Force) -> Iterator[str]:
         for name in vars(cls):
             if name[0].isupper() and isinstance(vars(cls)[name], staticmethod):
                 yield str(getattr(cls, name)())
-
-
-def known_class(force: openmm.Force) -> Any:
-    """The force as an object of its own class, where the module of a plug-in knows it.
-
-    Of a class that another module defines a System returns bare Forces.
-    """
-    for cls in openmm.Force.__subclasses__() if type(force) is openmm.Force else ():
-        if hasattr(cls, "cast") and hasattr(cls, "isinstance") and cls.isinstance(force):
-            return cls.cast(force)
-    return force
 
 
 def index_of(system: openmm.System, force: openmm.Force) -> int:

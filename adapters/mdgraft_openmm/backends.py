@@ -83,7 +83,7 @@ class PythonForce(AbstractBackend):
 
 @dataclasses.dataclass(frozen=True)
 class PythonTorchForce(AbstractBackend):
-    """``PythonTorchForce`` of openmm-torch newer than 1.5: any module, tensors without copies."""
+    """``PythonTorchForce`` of openmm-torch newer than 1.5: any module, with tensors."""
 
     def fault(self, request: Request, *, chosen: bool) -> str | None:
         """Try it on every platform that may run it."""

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+from mdgraft_openmm._openmm_torch import defines
 from mdgraft_openmm._trials import (
     ENERGY,
+    PYTHON_TORCH_FORCE,
     SYSTEM,
     TIMEOUT,
     TORCH_FORCE,
@@ -192,10 +194,19 @@ def doctor(*, timeout: float = TIMEOUT) -> DoctorReport:
                 if platforms[name].result().ok
             }
             copied = pool.submit(run_trial, f"NAME = 'Reference'\n{TORCH_FORCE_COPIED}", timeout)
+            with_tensors = {
+                name: pool.submit(run_trial, f"NAME = {name!r}\n{PYTHON_TORCH_FORCE}", timeout)
+                for name in trials
+                if defines("PythonTorchForce")
+            }
             forces = [_torch_force(f"on {name}", t.result()) for name, t in trials.items()]
             if all(f.status != WORKS for f in forces):
                 findings[-1] = dataclasses.replace(findings[-1], status=BROKEN, remedy=_TORCHFORCE)
             findings += [*forces, _torch_force("inside another force", copied.result())]
+            findings += [
+                _torch_force(f"on {name}", t.result(), "PythonTorchForce")
+                for name, t in with_tensors.items()
+            ]
         findings += [future.result() for future in optional.values()]
     return DoctorReport(findings=findings)
 
@@ -287,8 +298,8 @@ def _python_force(trial: Trial) -> Finding:
     return Finding(name=name, status=MISSING, detail=detail, remedy='pip install "openmm>=8.5"')
 
 
-def _torch_force(where: str, trial: Trial) -> Finding:
-    label = f"TorchForce {where}"
+def _torch_force(where: str, trial: Trial, kind: str = "TorchForce") -> Finding:
+    label = f"{kind} {where}"
     if trial.ok:
         return Finding(name=label, status=WORKS, detail="energy and forces are right")
     remedy = _TORCHFORCE

@@ -13,7 +13,7 @@ from mdgraft.potentials import AbstractTerm
 
 from mdgraft_openmm._adapter import as_host, energy_forces, global_parameters, read_native
 from mdgraft_openmm._converter import Host, declared_globals, global_key, set_declared_global
-from mdgraft_openmm.forces import CONVERTERS
+from mdgraft_openmm.forces import converter_of, known_converter
 
 
 def write_parameters(potential: Potential, system_or_context: Any) -> None:
@@ -65,7 +65,7 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
         if native is None:
             continue
         _check_topology(name, potential.term(name), native)
-        converter = CONVERTERS[type(force)]
+        converter = known_converter(force)
         refused = converter.refused(merged[name], force)
         if refused:
             raise ParameterMismatchError(
@@ -84,10 +84,10 @@ def write_parameters(potential: Potential, system_or_context: Any) -> None:
     for name, force in forces.items():
         changed = any(not np.array_equal(merged[name][k], v) for k, v in current[name].items())
         if changed:
-            CONVERTERS[type(force)].write(merged[name], force)
+            known_converter(force).write(merged[name], force)
     for name, force in forces.items():
         if terms[name] is not None:
-            CONVERTERS[type(force)].settle(force, host.system)
+            known_converter(force).settle(force, host.system)
         if host.context is not None:
             _update(name, force, host.context)
     for name, value in shared.items():
@@ -184,14 +184,14 @@ def _check_settable(
 
 
 def _settable(force: openmm.Force) -> Collection[str]:
-    converter = CONVERTERS.get(type(force))
+    converter = converter_of(force)
     return converter.settable_globals(force) if converter else declared_globals(force)
 
 
 def _set_default(forces: Mapping[str, openmm.Force], name: str, value: float) -> None:
     """Declare a new default in every force that has this global parameter."""
     for force in forces.values():
-        converter = CONVERTERS.get(type(force))
+        converter = converter_of(force)
         if converter is not None:
             converter.set_global_default(force, name, value)
         else:

@@ -6,6 +6,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
+from mdgraft_openmm import backends
+from mdgraft_openmm._openmm_torch import defines
 from mdgraft_openmm.export import availability
 
 N = 6
@@ -163,9 +165,20 @@ def tolerance(platform, module=None):
     return 2e-5 if platform == "CPU" else 1e-10
 
 
-def needs_python_force():
-    """Skip where OpenMM has none."""
-    if fault := availability.python_force_fault():
+#: What runs a module by a callback; openmm-torch has a class for that only in builds from source.
+CALLBACKS = {"PythonForce": backends.PythonForce()}
+if defines("PythonTorchForce"):
+    CALLBACKS["PythonTorchForce"] = backends.PythonTorchForce()
+
+
+def needs_callbacks(backend):
+    """Skip where it does not work."""
+    if isinstance(backend, backends.PythonForce):
+        fault = availability.python_force_fault()
+    else:
+        faults = map(availability.python_torch_force_fault, availability.registered_platforms())
+        fault = next(filter(None, faults), None)
+    if fault:
         pytest.skip(fault)
 
 

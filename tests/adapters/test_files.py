@@ -164,9 +164,9 @@ SPELLINGS = ["PythonForce", "&#80;ythonForce", "&#x50;ythonForce", "Python&#70;o
 def test_pickled_code_is_refused(tmp_path: Path, system_xml: str, spelling: str) -> None:
     text = system_xml.replace("HarmonicBondForce", spelling)
     assert text != system_xml
-    with pytest.raises(UntrustedInputError, match=r"PythonForce.*pickle.*--trust"):
+    with pytest.raises(UntrustedInputError, match=r"Python(Torch)?Force.*pickle.*--trust"):
         read_system(write(tmp_path, text))
-    with pytest.raises(UntrustedInputError, match=r"PythonForce.*pickle.*--trust"):
+    with pytest.raises(UntrustedInputError, match=r"Python(Torch)?Force.*pickle.*--trust"):
         read_positions(write(tmp_path, text))
 
 
@@ -215,7 +215,7 @@ def test_exports_are_refused_unless_trusted(tmp_path: Path, make: Callable[[], A
     system = make_system()
     system.addForce(make())
     path = write(tmp_path, openmm.XmlSerializer.serialize(system))
-    with pytest.raises(UntrustedInputError, match=r"PythonForce.*pickle.*--trust"):
+    with pytest.raises(UntrustedInputError, match=r"Python(Torch)?Force.*pickle.*--trust"):
         read_system(path)
     first, second = make_context(system), make_context(read_system(path, trust=True))
     energies = [c.getState(energy=True).getPotentialEnergy()._value for c in (first, second)]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import gc
+import importlib
 import pickle
 import threading
 import weakref
@@ -15,6 +16,7 @@ import pytest
 import torch
 from exported import (
     BOX,
+    CALLBACKS,
     GLOBALS,
     MODULES,
     PLATFORMS,
@@ -25,22 +27,19 @@ from exported import (
     assert_close,
     evaluate,
     expected,
-    needs_python_force,
     open_context,
     plain,
     tolerance,
 )
 from mdgraft import InvalidInputError, NonConservativeForceWarning
-from mdgraft_openmm import backends, to_force
+from mdgraft_openmm import to_force
 from mdgraft_openmm.export import availability
 
 SUBSET = [4, 1, 3]
-PYTHON = backends.PythonForce()
 
 
-@pytest.fixture(autouse=True)
-def _python_force():
-    needs_python_force()
+PYTHON = CALLBACKS["PythonForce"]
+pytestmark = pytest.mark.usefixtures("each_callback")
 
 
 #: Every module on the fast platforms, one on each of the others.
@@ -96,14 +95,15 @@ def test_particles_beyond_the_system_are_refused(slopes):
     """OpenMM would read and write beyond its memory; what is refused still belongs to Python."""
     options = {"global_parameters": GLOBALS, "parameter_derivatives": slopes, "backend": PYTHON}
     force, other = (to_force(Springs(), particles=[N, 0, 2], **options) for _ in range(2))
-    name = "CustomCVForce" if slopes else "PythonForce"
-    assert type(force).__name__ == name and isinstance(force, getattr(openmm, name))
+    name = "CustomCVForce" if slopes else PYTHON.name
+    kind = getattr(openmm, name, None) or importlib.import_module("openmmtorch").PythonTorchForce
+    assert type(force).__name__ == name and isinstance(force, kind)
     small, large, reversed_order = openmm.System(), openmm.System(), openmm.System()
     for _ in range(N):
         small.addParticle(1.0)
     match = "particles: the force has particle 6, but the System has 6, wanted indices from 0 to 5"
     pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(force))))
-    assert type(pickled).__name__ == name and isinstance(pickled, getattr(openmm, name))
+    assert type(pickled).__name__ == name and isinstance(pickled, kind)
     for again in (force, force, copy.deepcopy(force), pickled):
         with pytest.raises(InvalidInputError, match=match):
             small.addForce(again)
@@ -433,7 +433,8 @@ def test_on_a_gpu(slopes):
     """The module on the device, the Context on the CPU and on CUDA if this OpenMM has it."""
     module = Springs(torch.float32).to("cuda")
     for platform in {"Reference", "CUDA"} & set(availability.registered_platforms()):
-        force = to_force(module, global_parameters=GLOBALS, parameter_derivatives=slopes)
+        options = {"parameter_derivatives": slopes, "backend": PYTHON}
+        force = to_force(module, global_parameters=GLOBALS, **options)
         system = openmm.System()
         for _ in range(N):
             system.addParticle(1.0)
@@ -587,8 +588,9 @@ def test_defaults_come_from_where_they_are():
         (2 * openmm.unit.angstrom, 0.2),
         (300 * openmm.unit.kelvin, 300.0),
     ):
-        force = to_force(f, global_parameters={"k": quantity}, parameter_derivatives=False)
-        assert type(force) is openmm.PythonForce
+        options = {"global_parameters": {"k": quantity}, "parameter_derivatives": False}
+        force = to_force(f, backend=PYTHON, **options)
+        assert type(force).__name__ == PYTHON.name
         assert dict(force.getGlobalParameters()) == pytest.approx({"k": number})
     # Not a global parameter, and no box either.
     context = open_context(to_force(f, backend=PYTHON))
@@ -598,4 +600,40 @@ def test_defaults_come_from_where_they_are():
 def test_the_usual_backend_is_explained():
     told = mdgraft_openmm.explain_backends(Springs(), global_parameters=GLOBALS)
     assert list(told.values()).count("used") == 1
-    assert list(told)[-1] == "PythonForce" or told["TorchForce"] == "used"
+    # The first that works, in this order.
+    assert list(told) == ["PythonTorchForce", "TorchForce", "PythonForce"][: len(told)]
+    assert list(told.values())[-1] == "used" or told["TorchForce"] == "used"
+
+
+LAYOUTS = {
+    "transposed": lambda x: (-2 * x.detach().T.contiguous()).T,
+    "negated": lambda x: torch._neg_view(2 * x.detach()),
+    "strided": lambda x: torch.stack((-2 * x.detach(), x.detach()), dim=-1)[..., 0],
+    "single precision": lambda x: (-2 * x.detach()).float(),
+}
+
+
+@pytest.mark.parametrize("particles", [None, SUBSET], ids=["", "subset"])
+@pytest.mark.parametrize("forces", LAYOUTS.values(), ids=LAYOUTS)
+def test_forces_may_lie_in_memory_as_they_like(forces, particles):
+    force = to_force(
+        lambda x: (x.square().sum(), forces(x)), particles=particles, check=False, backend=PYTHON
+    )
+    truth, rows = np.zeros_like(POSITIONS), slice(None) if particles is None else particles
+    truth[rows] = -2 * POSITIONS[rows]
+    found = evaluate(open_context(force), POSITIONS)
+    np.testing.assert_allclose(found[1], truth, rtol=0, atol=1e-6)
+
+
+def test_a_module_may_keep_what_it_is_given():
+    """The host goes on with its own memory."""
+    kept = []
+
+    def energy(x):
+        kept.append(x.detach())
+        return x.square().sum()
+
+    context = open_context(to_force(energy, backend=PYTHON, check=False))
+    for scale in (1.0, 2.0):
+        evaluate(context, scale * POSITIONS)
+    np.testing.assert_array_equal(kept[0], POSITIONS)

@@ -83,9 +83,16 @@ def trials(monkeypatch):
 
     monkeypatch.setattr(availability, "run_trial", run)
     monkeypatch.setattr(availability, "_versions", lambda: ("1.7", "2.13.0", openmm.__version__))
+    monkeypatch.setattr(availability, "defines", lambda name: True)
     availability._tried.cache_clear()
     yield asked, answer
     availability._tried.cache_clear()
+
+
+@pytest.fixture
+def older_plugin(monkeypatch):
+    """As where openmm-torch has no PythonTorchForce, which would come first."""
+    monkeypatch.setattr(availability, "defines", lambda name: False)
 
 
 def test_unknown_combinations_are_tried_once(trials):
@@ -140,6 +147,10 @@ def test_the_newest_plugin_gets_tensors(monkeypatch):
                 x = torch.tensor(state.getPositions(asNumpy=True)._value)
                 energy, forces = function(state, x)
                 assert forces.dtype == x.dtype and isinstance(energy, torch.Tensor)
+                # The memory is read from end to end.
+                assert forces.is_contiguous() and not forces.is_neg()
+                # It is the plug-in's, which goes on with it.
+                x.zero_()
                 return energy.item(), forces.numpy()
 
             made.append(function)
@@ -152,13 +163,37 @@ def test_the_newest_plugin_gets_tensors(monkeypatch):
     plugin.PythonTorchForce = Standin
     monkeypatch.setitem(sys.modules, "openmmtorch", plugin)
     monkeypatch.setattr(availability, "python_torch_force_fault", lambda platform: None)
-    force = to_force(Springs(), global_parameters=GLOBALS, parameter_derivatives=False)
+    kept = []
+
+    def energy_and_forces(x):
+        kept.append(x.detach())
+        return x.square().sum(), (-2 * x.T.contiguous()).T
+
+    force = to_force(energy_and_forces, check=False)
     assert type(force) is Standin
-    energy, forces, _ = expected(Springs(), POSITIONS, **GLOBALS)
-    assert_close(evaluate(open_context(force), POSITIONS), (energy, forces, {}), 1e-10)
+    truth = (POSITIONS**2).sum(), -2 * POSITIONS, {}
+    assert_close(evaluate(open_context(force), POSITIONS), truth, 1e-12)
+    np.testing.assert_array_equal(kept[0], POSITIONS)
 
 
 # TorchForce ---------------------------------------------------------------------------------------
+
+
+class Transposed(torch.nn.Module):
+    """Forces that do not lie in memory in their order."""
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return positions.square().sum(), (-2.0 * positions.detach().t().contiguous()).t()
+
+
+@pytest.mark.openmmtorch
+@pytest.mark.parametrize("platform", USABLE)
+def test_scripted_forces_may_lie_in_memory_as_they_like(platform):
+    force = to_force(Transposed(), backend=TORCH, platform=PLATFORMS[platform][0])
+    truth = (POSITIONS**2).sum(), -2 * POSITIONS, {}
+    found = evaluate(open_context(force, platform=platform), POSITIONS)
+    assert_close(found, truth, tolerance(platform))
+
 
 UNSCRIPTABLE = {
     "**values": lambda: _Any(),
@@ -326,7 +361,7 @@ REFUSED = {
 
 @pytest.mark.openmmtorch
 @pytest.mark.parametrize(("module", "options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_become_torchscript(module, options, message):
+def test_what_cannot_become_torchscript(module, options, message, older_plugin):
     with pytest.raises(UnavailableBackendError, match=message):
         to_force(module, global_parameters=GLOBALS, backend=TORCH, platform="Reference", **options)
     if availability.python_force_fault() is None:
@@ -359,7 +394,7 @@ def test_a_recorded_constant_is_found_out_without_a_warning():
 
 
 @pytest.mark.openmmtorch
-def test_potentials_are_left_to_python():
+def test_potentials_are_left_to_python(older_plugin):
     """Their pairs depend on the frame and their kernels are no torch operations."""
     system = openmm.System()
     force = openmm.NonbondedForce()
@@ -376,7 +411,7 @@ def test_potentials_are_left_to_python():
 
 
 @pytest.mark.openmmtorch
-def test_auto_takes_torch_force_only_where_it_is_safe():
+def test_auto_takes_torch_force_only_where_it_is_safe(older_plugin):
     told = explain_backends(Springs(), global_parameters=GLOBALS, platform="Reference")
     if availability.python_force_fault() is None:
         assert "cannot be checked" in told["TorchForce"] or "copied" in told["TorchForce"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from exported import (
     BOX,
+    CALLBACKS,
     GLOBALS,
     POSITIONS,
     N,
@@ -21,19 +22,16 @@ from exported import (
     Springs,
     evaluate,
     expected,
-    needs_python_force,
     open_context,
 )
 from mdgraft import InvalidInputError, MDGraftWarning, UnavailableBackendError
-from mdgraft_openmm import backends, to_force
+from mdgraft_openmm import to_force
 
-PYTHON = backends.PythonForce()
 SQUARE = float((POSITIONS**2).sum())
 
 
-@pytest.fixture(autouse=True)
-def _python_force():
-    needs_python_force()
+PYTHON = CALLBACKS["PythonForce"]
+pytestmark = pytest.mark.usefixtures("each_callback")
 
 
 def exported(module, **options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exported import (
     BOX,
+    CALLBACKS,
     GLOBALS,
     POSITIONS,
     N,
@@ -18,19 +19,14 @@ from exported import (
     Springs,
     assert_close,
     evaluate,
-    needs_python_force,
     plain,
 )
 from force_examples import EXAMPLES, example
 from mdgraft import InvalidInputError, ParameterMismatchError
-from mdgraft_openmm import backends, to_force
+from mdgraft_openmm import to_force
 
-PYTHON = backends.PythonForce()
-
-
-@pytest.fixture(autouse=True)
-def _python_force():
-    needs_python_force()
+PYTHON = CALLBACKS["PythonForce"]
+pytestmark = pytest.mark.usefixtures("each_callback")
 
 
 def reference(system, box):
@@ -322,10 +318,10 @@ def test_other_functions_and_torchscript_stay_with_the_host():
 def test_particles_that_do_not_exist():
     """What comes out of a file is not compared with the System until it is grafted."""
     system = with_export(lambda x: x.sum(), particles=[0, N - 1])
-    force = to_force(Springs(), particles=[0, N], global_parameters=GLOBALS)
+    force = to_force(Springs(), particles=[0, N], global_parameters=GLOBALS, backend=PYTHON)
     text = openmm.XmlSerializer.serialize(force)
     system.addForce(openmm.XmlSerializer.deserialize(text))
-    with pytest.raises(InvalidInputError, match=r"PythonForce: entry 1 refers to \[6\]"):
+    with pytest.raises(InvalidInputError, match=rf"{PYTHON.name}: entry 1 refers to \[6\]"):
         mdgraft.graft(system)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import openmm
 
+from mdgraft_openmm._openmm_torch import defines, is_released_wheel, plugin_version
 from mdgraft_openmm._trials import (
     PYTHON_TORCH_FORCE,
     TORCH_FORCE,
@@ -20,7 +20,6 @@ from mdgraft_openmm._trials import (
 
 #: Instead of a platform: OpenMM copies forces inside others, by writing and reading them.
 COPIES = "copies"
-_DISTRIBUTION = "openmmtorch"
 
 
 def registered_platforms() -> list[str]:
@@ -41,7 +40,7 @@ def torch_force_fault(platform: str) -> str | None:
     versions = _versions()
     if isinstance(versions, str):
         return versions
-    known = _measured(*versions, platform)
+    known = _measured(*versions, platform) if is_released_wheel() else None
     if known is not None:
         return known or None
     return _tried("TorchForce", platform)
@@ -52,11 +51,9 @@ def python_torch_force_fault(platform: str) -> str | None:
     versions = _versions()
     if isinstance(versions, str):
         return versions
-    plugin = versions[0]
-    if _numbers(plugin) <= (1, 5):
-        return f"openmm-torch {plugin} has no PythonTorchForce yet"
-    fault = _measured(*versions, "Reference")
-    return fault or _tried("PythonTorchForce", platform)
+    if not defines("PythonTorchForce"):
+        return f"openmm-torch {versions[0]} has no PythonTorchForce yet"
+    return _tried("PythonTorchForce", platform)
 
 
 def load_openmm_torch() -> Any:
@@ -80,19 +77,16 @@ _LOADED: set[str] = set()
 
 def _versions() -> tuple[str, str, str] | str:
     """Versions of openmm-torch, torch and OpenMM, without importing the first."""
-    if importlib.util.find_spec("openmmtorch") is None:
+    plugin = plugin_version()
+    if plugin is None:
         return "openmm-torch is not installed"
-    try:
-        plugin = version(_DISTRIBUTION)
-    except PackageNotFoundError:
-        plugin = "of unknown version"
     return plugin, version("torch"), openmm.__version__
 
 
 def _measured(plugin: str, torch_version: str, openmm_version: str, platform: str) -> str | None:
     """What is known of the combination: a fault, ``""`` if it works, None if nothing is known.
 
-    As measured with openmmtorch 1.5, which was built for torch 2.9 and OpenMM 8.4.
+    As measured with the wheel openmmtorch 1.5, which was built for torch 2.9 and OpenMM 8.4.
     """
     torch_numbers, openmm_numbers = _numbers(torch_version), _numbers(openmm_version)
     if _numbers(plugin) != (1, 5) or not (8, 4) <= openmm_numbers < (8, 7):

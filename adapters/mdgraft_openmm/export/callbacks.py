@@ -98,7 +98,11 @@ class Callback:
             slope = _finite(self.evaluator.slope(self.role, positions, h, values))
             return slope, torch.zeros_like(positions)
         found = self.evaluator(positions, h, values)
-        return found.energy, found.forces.to(positions.device, positions.dtype)
+        forces = found.forces
+        if forces.device != positions.device:
+            forces = forces.to(positions.device)
+        # Whoever takes them reads their memory from end to end.
+        return found.energy, forces.resolve_neg().contiguous()
 
     def __reduce__(self) -> tuple[Any, ...]:
         token = _token(self.evaluator)

@@ -192,13 +192,14 @@ class Evaluator:
         with torch.inference_mode(False), torch.enable_grad():
             # Tensors of inference mode cannot take part in gradients, and copies can.
             copied = None if box is None else box.clone()
-            return self._of_tensors(positions.clone(), copied, values)
+            return self._of_tensors(positions, copied, values)
 
     def _of_tensors(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
     ) -> Evaluation:
         dtype, device = self.function.dtype, self.function.device
-        x = positions.detach().to(device, dtype)
+        # A copy, since a host goes on with its own memory, and a module may keep what it gets.
+        x = positions.detach().to(device, dtype, copy=True)
         h = None if box is None else box.to(device, dtype)
         energy, gradient, forces, slopes = self._pass(x, h, values)
         if forces is None:

@@ -157,7 +157,8 @@ def _text(
         spread = "forces.to(positions.dtype)"
         if subset:
             spread = f"torch.zeros_like(positions).index_copy(0, self.particles, {spread})"
-        lines.append(f"    return energy.reshape([]), {spread}.detach()")
+        # OpenMM reads their memory from end to end.
+        lines.append(f"    return energy.reshape([]), {spread}.detach().contiguous()")
     return "\n".join(lines) + "\n"
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from typing import Any
 
 import openmm
 from mdgraft import InvalidInputError
+
+from mdgraft_openmm._classes import known_class
 
 
 class _OfSome:
@@ -36,7 +39,8 @@ class _OfSome:
         self.this.own(value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (openmm.XmlSerializer.serialize(self), self.last_particle)
+        text, module = openmm.XmlSerializer.serialize(self), type(self).__mro__[2].__module__
+        return _restored, (text, self.last_particle, module)
 
     def _check(self, n_particles: int) -> None:
         # A System without any is one that gets its forces first.
@@ -48,9 +52,11 @@ class _OfSome:
             )
 
 
-def _restored(text: str, last_particle: int) -> Any:
+def _restored(text: str, last_particle: int, module: str) -> Any:
     """What a pickled force becomes."""
-    force: Any = openmm.XmlSerializer.deserialize(text)
+    # A plug-in's class can be read when its module is there.
+    importlib.import_module(module)
+    force: Any = known_class(openmm.XmlSerializer.deserialize(text))
     kind: Any = type(force)
     force.__class__ = of_some(kind)
     force.last_particle = last_particle

@@ -85,6 +85,25 @@ CONVERTERS: dict[type[openmm.Force], AbstractConverter] = {
     if hasattr(openmm, name)
 }
 
+#: Those of classes that plug-ins define, by the module and the name of the class.
+OF_PLUGINS: dict[tuple[str, str], AbstractConverter] = {
+    ("openmmtorch", "PythonTorchForce"): PythonForceConverter(),
+}
+
+
+def converter_of(force: openmm.Force) -> AbstractConverter | None:
+    """The converter of a force; None if its class has no native torch form."""
+    cls = type(force)
+    return CONVERTERS.get(cls) or OF_PLUGINS.get((cls.__module__, cls.__name__))
+
+
+def known_converter(force: openmm.Force) -> AbstractConverter:
+    """The converter of a force that has been read by one."""
+    found = converter_of(force)
+    assert found is not None, type(force)
+    return found
+
+
 #: Forces that change positions, velocities or the box but add no energy.
 WITHOUT_ENERGY: tuple[str, ...] = (
     "AndersenThermostat",

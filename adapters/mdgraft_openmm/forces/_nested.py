@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,16 @@ from mdgraft_openmm._converter import AbstractConverter, Host, Values
 
 def _converter(force: openmm.Force) -> AbstractConverter | None:
     # The table lists the converters that call this, so it cannot be imported before them.
-    from mdgraft_openmm.forces import CONVERTERS
+    from mdgraft_openmm.forces import converter_of
 
-    return CONVERTERS.get(type(force))
+    return converter_of(force)
+
+
+def of_known_plugin(name: str) -> bool:
+    """Whether a class that OpenMM does not have is one with a converter, imported here."""
+    from mdgraft_openmm.forces import OF_PLUGINS
+
+    return any(name == of and module in sys.modules for module, of in OF_PLUGINS)
 
 
 def read_inner(owner: Any, forces: Mapping[str, openmm.Force], host: Host) -> dict[str, Any]:

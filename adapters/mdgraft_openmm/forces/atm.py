@@ -11,6 +11,7 @@ import torch
 from mdgraft import InvalidInputError, UnsupportedForceError
 from mdgraft.potentials.alchemical_transfer import AlchemicalTransfer
 
+from mdgraft_openmm._classes import known_class
 from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,
@@ -36,7 +37,7 @@ class ATMConverter(AbstractConverter):
                 f"{name}: has {force.getNumParticles()} particles, the System {n}"
             )
         try:
-            foreign = foreign_classes(force)
+            foreign = _foreign(force)
         except openmm.OpenMMException as error:
             raise UnsupportedForceError(f"{name}: cannot be copied ({error})") from error
         if foreign:
@@ -111,13 +112,19 @@ def _misplaced(values: Values, force: openmm.ATMForce) -> str | None:
     return None
 
 
+def _foreign(force: openmm.ATMForce) -> list[str]:
+    """Classes inside that are neither OpenMM's nor known, so that a copy may end the process."""
+    return [name for name in foreign_classes(force) if not _nested.of_known_plugin(name)]
+
+
 def _forces(force: openmm.ATMForce) -> dict[str, Any]:
-    """Copies of the forces inside by the names of their terms; repeats get ``_1``, ``_2``."""
+    """The forces inside, or copies, by the names of their terms; repeats get ``_1``, ``_2``."""
     found: dict[str, Any] = {}
     for i in range(force.getNumForces()):
-        # The getter gives a bare Force; a copy through XML knows its class.
-        text = openmm.XmlSerializer.serialize(force.getForce(i))
-        inner = openmm.XmlSerializer.deserialize(text)
+        inner = known_class(force.getForce(i))
+        if type(inner) is openmm.Force:
+            # The getter gives a bare Force; a copy through XML knows its class.
+            inner = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(inner))
         base = inner.getName().replace(".", "_") or type(inner).__name__
         name, repeat = base, 0
         while name in found:

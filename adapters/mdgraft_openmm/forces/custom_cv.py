@@ -9,6 +9,7 @@ from mdgraft import InvalidInputError
 from mdgraft.potentials.custom.base import parameter_keys
 from mdgraft.potentials.custom.collective_variables import CollectiveVariables
 
+from mdgraft_openmm._classes import known_class
 from mdgraft_openmm._converter import (
     AbstractConverter,
     Host,
@@ -37,7 +38,7 @@ class CustomCVConverter(AbstractConverter):
                 raise InvalidInputError(
                     f"{force.getName()}: two collective variables are called {name!r}; rename one"
                 )
-        variables = {n: force.getCollectiveVariable(i) for i, n in enumerate(names)}
+        variables = {n: _variable(force, i) for i, n in enumerate(names)}
         return CollectiveVariables(
             force.getEnergyFunction(),
             _nested.read_inner(force, variables, host),
@@ -81,16 +82,20 @@ def _names(force: openmm.CustomCVForce) -> list[str]:
     return [force.getCollectiveVariableName(i) for i in range(count)]
 
 
+def _variable(force: openmm.CustomCVForce, index: int) -> Any:
+    return known_class(force.getCollectiveVariable(index))
+
+
 def _variables(force: openmm.CustomCVForce) -> dict[str, Any]:
     """The variables by the names of their terms."""
     keys = parameter_keys(_names(force))
-    return {key: force.getCollectiveVariable(i) for i, key in enumerate(keys)}
+    return {key: _variable(force, i) for i, key in enumerate(keys)}
 
 
 _EXPORTED = PythonForceConverter()
 
 
 def _exported(force: openmm.CustomCVForce) -> Any | None:
-    """The PythonForce with the energy of an export that has derivatives in parameters."""
+    """The force with the energy of an export that has derivatives in parameters."""
     names = _names(force)
-    return force.getCollectiveVariable(0) if names[:1] == [VARIABLE] else None
+    return _variable(force, 0) if names[:1] == [VARIABLE] else None

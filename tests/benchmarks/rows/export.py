@@ -39,8 +39,8 @@ def export(settings: Settings) -> Iterator[Result]:
     for n_atoms in (10, 1000) if settings.quick else (10, 1000, 10000):
         positions = np.random.default_rng(1).normal(size=(n_atoms, 3))
         masses = [12.0] * n_atoms
-        if availability.python_force_fault() is None:
-            yield from _python_forces(network, dtype, masses, positions, settings)
+        for kind in _callbacks():
+            yield from _python_forces(kind, network, dtype, masses, positions, settings)
         if availability.torch_force_fault("CPU") is None:
             sides = {
                 "theirs": _torch_force(network, dtype),
@@ -51,7 +51,17 @@ def export(settings: Settings) -> Iterator[Result]:
         yield _potential(settings)
 
 
+def _callbacks() -> list[str]:
+    """The classes that call Python and work here."""
+    faults = {
+        "PythonForce": availability.python_force_fault(),
+        "PythonTorchForce": availability.python_torch_force_fault("CPU"),
+    }
+    return [kind for kind, fault in faults.items() if fault is None]
+
+
 def _python_forces(
+    kind: str,
     network: Network,
     dtype: torch.dtype,
     masses: list[float],
@@ -73,13 +83,16 @@ def _python_forces(
     for what, (energy, options) in cases.items():
         parameters = options.get("global_parameters", {})
         box = 30.0 * np.eye(3) if options.get("periodic") else None
-        by_hand = openmm.PythonForce(
-            _by_hand(energy, dtype, parameters, box is not None), parameters
-        )
+        if kind == "PythonForce":
+            by_hand = openmm.PythonForce(
+                _by_hand(energy, dtype, parameters, box is not None), parameters
+            )
+        else:
+            by_hand = _tensors_by_hand(energy, dtype, parameters, box is not None)
         by_hand.setUsesPeriodicBoundaryConditions(box is not None)
-        ours = to_force(energy, backend=backends.PythonForce(), dtype=dtype, **options)
+        ours = to_force(energy, backend=kind, dtype=dtype, platform="CPU", **options)
         sides: dict[str, openmm.Force] = {"theirs": by_hand, "ours": ours}
-        yield _result(what, "PythonForce", sides, masses, positions, box, settings)
+        yield _result(what, kind, sides, masses, positions, box, settings)
 
 
 def _potential(settings: Settings) -> Result:
@@ -93,7 +106,7 @@ def _potential(settings: Settings) -> Result:
 
     sides = {
         "theirs": openmm.PythonForce(_by_hand(energy, dtype)),
-        "ours": to_force(potential, periodic=True),
+        "ours": to_force(potential, periodic=True, backend="PythonForce"),
     }
     masses = [case.system.getParticleMass(i) for i in range(case.n_atoms)]
     return _result("potential", "PythonForce", sides, masses, case.positions, case.box, settings)
@@ -121,6 +134,28 @@ def _by_hand(
         return value.item(), -slope.double().numpy()
 
     return compute
+
+
+def _tensors_by_hand(
+    energy: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    parameters: Collection[str],
+    periodic: bool,
+) -> Any:
+    import openmmtorch
+
+    def compute(state: openmm.State, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = positions.detach().to(dtype).requires_grad_()
+        box = None
+        if periodic:
+            box = torch.tensor(state.getPeriodicBoxVectors(asNumpy=True)._value, dtype=dtype)
+        values = state.getParameters() if parameters else {}
+        scalars = {name: torch.tensor(values[name], dtype=dtype) for name in parameters}
+        value = energy(x, box, **scalars)
+        (slope,) = torch.autograd.grad(value, x)
+        return value, -slope
+
+    return openmmtorch.PythonTorchForce(compute, {name: 1.0 for name in parameters})
 
 
 def _torch_force(network: Network, dtype: torch.dtype) -> Any:
