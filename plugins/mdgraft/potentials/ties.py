@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,11 +12,25 @@ from mdgraft._errors import InvalidInputError
 
 
 class _Tied(NamedTuple):
-    """Entries of one parameter: where they are, times what, and which scalar they have."""
+    """For each entry of one parameter: whether it is tied, to which scalar, and times what.
 
-    places: Tensor
-    factor: Tensor
+    Whole parameters cost less than lists of entries: nothing has to find its place.
+    """
+
+    tied: Tensor
     label: Tensor
+    #: None if all are one.
+    factor: Tensor | None
+
+
+def _joined(parts: Sequence[tuple[int, Tensor, Tensor]], n: int) -> _Tied:
+    """What ties make of ``n`` entries, from numbers of scalars, places and factors."""
+    _, index, factor = parts[0]
+    tied = torch.zeros(n, dtype=torch.bool, device=index.device)
+    label, factors = torch.zeros_like(tied, dtype=index.dtype), factor.new_ones(n)
+    for number, index, factor in parts:
+        tied[index], label[index], factors[index] = True, number, factor
+    return _Tied(tied, label, None if bool((factors == 1).all()) else factors)
 
 
 class Ties(nn.Module):
@@ -78,30 +92,32 @@ class Ties(nn.Module):
         values = dict(values)
         if not self._members:
             return values
-        numbers = torch.stack([scalars[label] for label in self._members])
-        for name, tied in self._by_parameter().items():
+        # In double precision, since a derivative adds up what all entries contribute.
+        numbers = torch.stack([scalars[label] for label in self._members]).double()
+        for name, tied in self._by_parameter(values).items():
             flat = values[name].reshape(-1)
-            entries = (numbers.index_select(0, tied.label) * tied.factor).to(flat.dtype)
-            values[name] = flat.index_put((tied.places,), entries).reshape(values[name].shape)
+            entries = numbers.index_select(0, tied.label)
+            if tied.factor is not None:
+                entries = entries * tied.factor
+            chosen = torch.where(tied.tied, entries.to(flat.dtype), flat)
+            values[name] = chosen.reshape(values[name].shape)
         return values
 
-    def _by_parameter(self) -> dict[str, _Tied]:
-        """The entries that ties control, together for each parameter: there may be many ties."""
+    def _by_parameter(self, values: Mapping[str, Tensor]) -> dict[str, _Tied]:
+        """What ties make of each parameter, all together: there may be many ties."""
         buffers = [b for b in self._buffers.values() if b is not None]
         present = [(id(b), 0 if b.is_inference() else b._version) for b in buffers]
         if self._known is None or self._known[0] != present:
-            parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
             for number, (label, names) in enumerate(self._members.items()):
                 for position, name in enumerate(names):
                     index = self._buffers[f"{label}_index_{position}"]
                     factor = self._buffers[f"{label}_factor_{position}"]
                     assert index is not None and factor is not None
-                    same = torch.full_like(index, number)
-                    parts.setdefault(name, []).append((index, factor, same))
-            joined = {
-                name: _Tied(*(torch.cat(column) for column in zip(*part, strict=True)))
-                for name, part in parts.items()
-            }
+                    parts.setdefault(name, []).append((number, index, factor))
+            # What is made in inference mode can take part in no gradient afterwards.
+            with torch.inference_mode(False):
+                joined = {n: _joined(part, values[n].numel()) for n, part in parts.items()}
             # The buffers themselves keep their identities from being used again.
             self._known = present, buffers, joined
         return self._known[2]
