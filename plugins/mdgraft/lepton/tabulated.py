@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,6 @@ class TabulatedFunction(abc.ABC):
         """How many arguments the function takes."""
         return len(self.sizes)
 
-    @abc.abstractmethod
     def __call__(self, entries: Tensor, *arguments: Tensor) -> Tensor:
         """Evaluate.
 
@@ -53,14 +53,38 @@ class TabulatedFunction(abc.ABC):
         *arguments
             Tensors that broadcast.
         """
+        return self.at(self.columns(entries), *arguments)
+
+    @property
+    @abc.abstractmethod
+    def n_columns(self) -> int:
+        """How many arrays `columns` returns."""
+
+    @abc.abstractmethod
+    def columns(self, entries: Tensor) -> list[Tensor]:
+        """Arrays like the table, linear in it, in which `at` looks numbers up."""
+
+    @abc.abstractmethod
+    def at(self, columns: Sequence[Tensor], *arguments: Tensor) -> Tensor:
+        """Evaluate with what `columns` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscreteTable(TabulatedFunction):
     """The entry at the arguments rounded to integers; beyond the ends it is the last one."""
 
-    def __call__(self, entries: Tensor, *arguments: Tensor) -> Tensor:
+    @property
+    def n_columns(self) -> int:
+        """The table itself."""
+        return 1
+
+    def columns(self, entries: Tensor) -> list[Tensor]:
+        """The table itself."""
+        return [entries]
+
+    def at(self, columns: Sequence[Tensor], *arguments: Tensor) -> Tensor:
         """Look up; the derivative in the arguments is zero."""
+        (entries,) = columns
         position: Tensor | int = 0
         stride = 1
         for size, argument in zip(self.sizes, arguments, strict=True):
@@ -101,10 +125,18 @@ class ContinuousTable(TabulatedFunction):
                     "entries and increasing limits along each axis"
                 )
 
-    def __call__(self, entries: Tensor, *arguments: Tensor) -> Tensor:
-        """Interpolate."""
-        broadcast: Any = torch.broadcast_tensors
-        arguments = broadcast(*arguments)
+    @property
+    def n_columns(self) -> int:
+        """As many as `orders`."""
+        return int(2**self.arguments)
+
+    @property
+    def orders(self) -> list[tuple[int, ...]]:
+        """Along which axes each of the `columns` is a slope."""
+        return list(itertools.product((0, 1), repeat=self.arguments))
+
+    def columns(self, entries: Tensor) -> list[Tensor]:
+        """Values and slopes at the knots, the latter per grid spacing."""
         # Axes in reverse: the first argument runs fastest.
         grid = entries.reshape(self.sizes[::-1])
         tables: dict[tuple[int, ...], Tensor] = {(): grid}
@@ -115,7 +147,12 @@ class ContinuousTable(TabulatedFunction):
                 slopes[(*key, 0)] = table
                 slopes[(*key, 1)] = _slopes(table, dimension, size, self.periodic)
             tables = slopes
+        return [tables[order].reshape(-1) for order in self.orders]
 
+    def at(self, columns: Sequence[Tensor], *arguments: Tensor) -> Tensor:
+        """Interpolate."""
+        broadcast: Any = torch.broadcast_tensors
+        arguments = broadcast(*arguments)
         axes = list(zip(self.sizes, self.limits, arguments, strict=True))
         inside: Tensor | None = None
         if not self.periodic:
@@ -133,8 +170,6 @@ class ContinuousTable(TabulatedFunction):
             cells.append(cell.long())
             weights.append(_hermite(scaled - cell))
 
-        # Slopes are per grid spacing, so that no width appears here.
-        flat = {key: table.reshape(-1) for key, table in tables.items()}
         total: Tensor | None = None
         for corner in itertools.product((0, 1), repeat=self.arguments):
             position: Tensor | int = 0
@@ -142,7 +177,7 @@ class ContinuousTable(TabulatedFunction):
             for size, cell, side in zip(self.sizes, cells, corner, strict=True):
                 position = position + stride * (cell + side)
                 stride *= size
-            for order, table in flat.items():
+            for order, table in zip(self.orders, columns, strict=True):
                 factors = [w[s][o] for w, s, o in zip(weights, corner, order, strict=True)]
                 part = table[position] * functools.reduce(torch.mul, factors)
                 total = part if total is None else total + part

@@ -42,6 +42,8 @@ class Emitter:
     coefficients
         For a `Series` its coefficients as vectors, lowest power first, and the factor and shift
         that map its argument to the polynomial's.
+    lookup
+        For the name of a table and a vector of indices the entries there; None without tables.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Emitter:
         scalar: Any,
         lanes: int,
         coefficients: Callable[[Series], tuple[Sequence[Value], Value, Value]],
+        lookup: Callable[[str, Value], Value] | None = None,
     ) -> None:
         self.builder = builder
         self.scalar = scalar
@@ -57,6 +60,7 @@ class Emitter:
         self.double = isinstance(scalar, ir.DoubleType)
         self.vector = ir.VectorType(scalar, lanes)
         self._coefficients = coefficients
+        self._lookup = lookup
         #: What functions of the same argument have in common, while formulas are emitted.
         self.shared: dict[Any, Any] = {}
 
@@ -128,6 +132,9 @@ class Emitter:
             return builder.fdiv(self.constant(1.0), root, flags=FLAGS)
         if operation in _INTRINSIC:
             return self.intrinsic(_INTRINSIC[operation], arguments)
+        if operation == "lookup":
+            assert self._lookup is not None
+            return self._lookup(str(node.payload), *arguments)
         if operation == "series":
             assert isinstance(node.payload, Series)
             return self._series(node.payload, arguments[0])

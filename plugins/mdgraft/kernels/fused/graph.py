@@ -247,6 +247,10 @@ class Graph:
         """A function given by a polynomial."""
         return self._make("series", (argument,), series)
 
+    def lookup(self, table: str, index: Node) -> Node:
+        """The entry of a table at an index, a whole number within it."""
+        return self._make("lookup", (index,), table)
+
     def limit(self, name: str) -> Node:
         """``"tiny"`` or ``"eps"`` of the precision that is compiled for; see `numpy.finfo`."""
         return self._make("limit", (), name)
@@ -347,6 +351,7 @@ DERIVATIVES: Mapping[str, Rule] = {
     "ceil": lambda g, n, a: (0.0,),
     "abs": lambda g, n, a: (g.select(a[0] < 0, -1.0, g.select(a[0] > 0, 1.0, 0.0)),),
     "still": lambda g, n, a: (0.0,),
+    "lookup": lambda g, n, a: (0.0,),
     "series": lambda g, n, a: (g.series(_next(n.payload), a[0]),),
 }
 _CONSTANT = {"limit", "less", "less_equal", "equal", "not_equal", "constant", "input"}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from mdgraft.kernels.fused.graph import Graph, Node
 from mdgraft.lepton.program import Program, Step
 from mdgraft.lepton.syntax import Call, Constant, Variable
+from mdgraft.lepton.tabulated import ContinuousTable, DiscreteTable, TabulatedFunction
 
 #: The steps of a program: ``("constant", number)``, ``("variable", name)``, or an operation and the
 #: places of its arguments.
 Description: TypeAlias = tuple[tuple[Any, ...], ...]
 
+#: Splines of more have three axes, and read 64 numbers.
+_MOST_COLUMNS = 4
 #: Larger integer powers are left to the C library.
 _LARGEST_POWER = 64
 #: Longer sums and products are compared as they are written.
@@ -41,7 +45,19 @@ _SAME = frozenset(
 )
 
 
-def describe(program: Program, names: Mapping[str, str]) -> Description | None:
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A function as an operation: where its columns begin among the tables of a formula."""
+
+    first: int
+    function: TabulatedFunction
+
+
+def describe(
+    program: Program,
+    names: Mapping[str, str],
+    tables: Mapping[str, TabulatedFunction] | None = None,
+) -> Description | None:
     """What a program computes, as a value that can be compared and hashed.
 
     Parameters
@@ -50,12 +66,20 @@ def describe(program: Program, names: Mapping[str, str]) -> Description | None:
         Of an expression.
     names
         What its variables, and geometric functions by their keys, are called here.
+    tables
+        Functions of the caller, in the order in which the formula has their columns as tables.
 
     Returns
     -------
     Description | None
-        None if the program calls functions of its caller, which formulas do not have.
+        None if the program calls functions that are not among the tables, or have too many
+        arguments.
     """
+    known: dict[str, _Table] = {}
+    place = 0
+    for name, function in (tables or {}).items():
+        known[name] = _Table(place, function)
+        place += function.n_columns
     steps: list[tuple[Any, ...]] = []
     for step in program.steps:
         if isinstance(step, Constant):
@@ -67,6 +91,12 @@ def describe(program: Program, names: Mapping[str, str]) -> Description | None:
             steps.append(("variable", names[step.key]))
         elif isinstance(step, Step) and not step.custom:
             steps.append((step.operation, *step.arguments))
+        elif (
+            isinstance(step, Step)
+            and step.operation in known
+            and (known[step.operation].function.n_columns <= _MOST_COLUMNS)
+        ):
+            steps.append((known[step.operation], *step.arguments))
         else:
             return None
     return tuple(steps)
@@ -192,7 +222,7 @@ def translate(
     return distance.times(results[-1].node, results[-1].power)
 
 
-def _apply(operation: str, operands: Sequence[_Value], graph: Graph, distance: Distance) -> _Value:
+def _apply(operation: Any, operands: Sequence[_Value], graph: Graph, distance: Distance) -> _Value:
     first, last = operands[0], operands[-1]
     exponent = {"square": 2, "cube": 3, "recip": -1}.get(operation)
     if operation == "^" and last.power == 0 and last.node.value is not None:
@@ -210,6 +240,8 @@ def _apply(operation: str, operands: Sequence[_Value], graph: Graph, distance: D
     if operation in ("+", "-") and first.power == last.power:
         return _Value(_FUNCTIONS[operation](graph, first.node, last.node), first.power)
     nodes = [distance.times(x.node, x.power) for x in operands]
+    if isinstance(operation, _Table):
+        return _Value(_looked_up(graph, operation, nodes))
     if operation in _SAME:
         return _Value(graph.apply(operation, *nodes))
     return _Value(_FUNCTIONS[operation](graph, *nodes))
@@ -225,6 +257,58 @@ def _power(value: _Value, exponent: int, distance: Distance) -> _Value:
     square = distance.times(value.node * value.node, 2 * value.power)
     even, odd = square ** (abs(exponent) // 2), abs(exponent) % 2
     return _Value(even * value.node, value.power) if odd else _Value(even)
+
+
+def _looked_up(graph: Graph, table: _Table, arguments: Sequence[Node]) -> Node:
+    """The value of a tabulated function, as `TabulatedFunction.at` has it."""
+    function, sizes = table.function, table.function.sizes
+    if isinstance(function, DiscreteTable):
+        nearest = [
+            _within(graph, graph.still(x) + 0.5, size - 1)
+            for x, size in zip(arguments, sizes, strict=True)
+        ]
+        return graph.lookup(f"table{table.first}", _place(nearest, sizes))
+    assert isinstance(function, ContinuousTable)
+    outside: list[Node] = []
+    cells, weights = [], []
+    for x, size, (lower, upper) in zip(arguments, sizes, function.limits, strict=True):
+        scaled = (x - lower) / ((upper - lower) / (size - 1))
+        if function.periodic:
+            turns = graph.apply("floor", graph.still(scaled) / (size - 1))
+            scaled = scaled - (size - 1) * turns
+        else:
+            outside += [x < lower, x > upper]
+        cell = _within(graph, graph.still(scaled), size - 2)
+        t = scaled - cell
+        u = 1 - t
+        cells.append(cell)
+        weights.append(((u * u * (1 + 2 * t), u * u * t), (t * t * (3 - 2 * t), -(t * t * u))))
+    total = graph.constant(0.0)
+    for corner in itertools.product((0, 1), repeat=function.arguments):
+        place = _place([cell + side for cell, side in zip(cells, corner, strict=True)], sizes)
+        for k, order in enumerate(function.orders):
+            part = graph.lookup(f"table{table.first + k}", place)
+            for weight, side, slope in zip(weights, corner, order, strict=True):
+                part = part * weight[side][slope]
+            total = total + part
+    for condition in outside:
+        total = graph.select(condition, 0.0, total)
+    return total
+
+
+def _within(graph: Graph, x: Node, last: int) -> Node:
+    """The whole number below x, from 0 to the last one; 0 for what is not a number."""
+    below = graph.smaller(graph.apply("floor", x), graph.constant(float(last)))
+    return graph.select(x >= 0, below, 0.0)
+
+
+def _place(indices: Sequence[Node], sizes: Sequence[int]) -> Node:
+    """Where an entry is; the first index runs fastest."""
+    place, stride = indices[0], sizes[0]
+    for index, size in zip(indices[1:], sizes[1:], strict=True):
+        place = place + float(stride) * index
+        stride *= size
+    return place
 
 
 def _whole(exponent: float) -> int | None:

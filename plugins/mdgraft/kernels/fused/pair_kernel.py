@@ -38,8 +38,8 @@ class _Known:
 class PairKernel:
     """A kernel, see `mdgraft.kernels.kernel.Kernel`, of one pair formula.
 
-    Its inputs are positions, box, the particles' quantities ``(N,)`` and shared quantities ``()``,
-    in the formula's order.
+    Its inputs are positions, box, the particles' quantities ``(N,)``, shared quantities ``()`` and
+    tables ``(entries,)``, in the formula's order.
 
     Parameters
     ----------
@@ -109,6 +109,8 @@ class PairKernel:
     def _by_frame(self, inputs: Inputs) -> TupleKernel | None:
         """Another kernel, for many frames of few particles."""
         n_frames, n_particles = inputs[0].shape[:2]
+        if self.formula.tables:
+            return None
         if n_frames < FEWEST or not 2 <= n_particles <= LARGEST:
             return None
         periodic = inputs[1].shape[1] == 3
@@ -134,11 +136,13 @@ class PairKernel:
         return self._few[periodic]
 
     def _task(self, wanted: Sequence[bool], *, second: bool) -> Task:
-        n = len(self.formula.particle)
+        first = 2 + len(self.formula.particle)
+        end = first + len(self.formula.shared)
         return Task(
             positions=wanted[0] or wanted[1],
-            particle=any(wanted[2 : 2 + n]),
-            shared=any(wanted[2 + n :]),
+            particle=any(wanted[2:first]),
+            shared=any(wanted[first:end]),
+            tables=any(wanted[end:]),
             second=second,
         )
 
@@ -191,17 +195,20 @@ class PairKernel:
                         particle=moving[f],
                     )
                 )
-            numbers = self._numbers(loop, inputs[2 + m :], directions, f, places.dtype)
+            numbers = self._numbers(loop, inputs, directions, f, places.dtype)
             kind = np.float64 if dtype == torch.float64 else np.float32
             sums[f], change = frame_pass(loop, tiles, layers, numbers.astype(kind), found)
             if periodic:
                 strains[f] = torch.from_numpy(change)
         energies = positions.new_zeros(n_frames) if task.second else torch.from_numpy(sums[:, 0])
-        shared = torch.from_numpy(sums[:, 0 if task.second else 1 :]).to(dtype)
-        n_shared = len(inputs) - 2 - m
+        n_shared = len(self.formula.shared)
+        rest = torch.from_numpy(sums[:, 0 if task.second else 1 :]).to(dtype)
+        sizes = [size for _, size in self.formula.tables]
         available: PerFrame = [slopes, strains]
         available += [particle[:, k] for k in range(m)] if task.particle else [None] * m
-        available += shared.unbind(-1) if task.shared else [None] * n_shared
+        available += rest[:, :n_shared].unbind(-1) if task.shared else [None] * n_shared
+        entries = rest[:, n_shared if task.shared else 0 :]
+        available += torch.split(entries, sizes, -1) if task.tables else [None] * len(sizes)
         results = [a if on else None for a, on in zip(available, wanted, strict=False)]
         return energies.to(dtype), results
 
@@ -220,21 +227,27 @@ class PairKernel:
     def _numbers(
         self,
         loop: Loop,
-        shared: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         directions: Sequence[Tensor | None] | None,
         f: int,
         kind: np.dtype,
     ) -> np.ndarray:
         """What all pairs share, in the order of the loop."""
-        numbers = [self.cutoff**2, *(float(s) for s in shared)]
+        first = 2 + len(self.formula.particle)
+        end = first + len(self.formula.shared)
+        numbers = [self.cutoff**2, *(float(s) for s in inputs[first:end])]
         if directions is not None:
-            moves = directions[2 + len(self.formula.particle) :]
-            numbers += [0.0 if d is None else float(d[f]) for d in moves]
+            numbers += [0.0 if d is None else float(d[f]) for d in directions[first:end]]
         numbers += [self.constants[name] for name in self.formula.constants]
         tables = []
         if loop.series:
             assert self._table is not None
             tables = [self._table(series) for series in loop.series]
+        tables += [table.numpy() for table in inputs[end:]]
+        for (_, size), move in zip(
+            self.formula.tables, () if directions is None else directions[end:], strict=False
+        ):
+            tables.append(np.zeros(size) if move is None else move[f].numpy())
         return np.concatenate([np.array(numbers, dtype=kind), *tables])
 
     def _tiles(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -40,6 +40,8 @@ class PairFormula:
         Names of quantities that all pairs share, in which derivatives are taken.
     constants
         Names of numbers that are known when the code runs, without derivatives.
+    tables
+        Names and sizes of tables in which pairs look entries up, `Graph.lookup`.
     energy
         ``(graph, squared distance, first, second, shared and constants) -> energy``, where
         ``first`` and ``second`` hold the particles' quantities by name.
@@ -49,6 +51,7 @@ class PairFormula:
     shared: tuple[str, ...]
     constants: tuple[str, ...]
     framed: tuple[str, ...] = ()
+    tables: tuple[tuple[str, int], ...] = ()
     energy: Callable[
         [Graph, Node, Mapping[str, Node], Mapping[str, Node], Mapping[str, Node]], Node
     ]
@@ -60,7 +63,7 @@ class Task:
 
     Attributes
     ----------
-    positions, particle, shared
+    positions, particle, shared, tables
         Whether derivatives in these are computed.
     second
         Whether it is changes of these derivatives when everything changes along directions.
@@ -69,6 +72,7 @@ class Task:
     positions: bool = False
     particle: bool = False
     shared: bool = False
+    tables: bool = False
     second: bool = False
 
 
@@ -81,12 +85,16 @@ class PairFormulas:
     first: tuple[Node, ...]
     second: tuple[Node, ...]
     shared: tuple[Node, ...]
+    #: Derivatives in entries of tables, and the nodes that look these up.
+    entries: tuple[Node, ...]
+    looked_up: tuple[Node, ...]
 
     @property
     def roots(self) -> list[Node]:
-        """All of them."""
+        """All of them, and the indices after them."""
         energy = [] if self.energy is None else [self.energy]
-        return [*energy, *self.slopes, *self.first, *self.second, *self.shared]
+        derivatives = [*self.slopes, *self.first, *self.second, *self.shared, *self.entries]
+        return [*energy, *derivatives, *(node.arguments[0] for node in self.looked_up)]
 
 
 def pair_formulas(formula: PairFormula, task: Task) -> PairFormulas:
@@ -104,11 +112,13 @@ def pair_formulas(formula: PairFormula, task: Task) -> PairFormulas:
         slopes = [2.0 * in_u * component for component in vector]
     quantities = [*first.values(), *second.values()] if task.particle else []
     numbers = [common[name] for name in formula.shared] if task.shared else []
-    partial = gradient(energy, [*quantities, *numbers])
-    n = len(formula.particle) if task.particle else 0
-    parts = (slopes, partial[:n], partial[n : 2 * n], partial[2 * n :])
+    looked = [node for node in topological([energy]) if node.operation == "lookup"]
+    entries = looked if task.tables else []
+    partial = gradient(energy, [*quantities, *numbers, *entries])
+    n, end = len(formula.particle) if task.particle else 0, len(partial) - len(entries)
+    parts = (slopes, partial[:n], partial[n : 2 * n], partial[2 * n : end], partial[end:])
     if not task.second:
-        return PairFormulas(energy, *(tuple(part) for part in parts))
+        return _found(energy, parts, entries)
     change = [graph.input(f"d{axis}") for axis in "xyz"]
     seeds = dict(zip(vector, change, strict=True))
     seeds[u] = 2.0 * sum((a * b for a, b in seeds.items()), start=graph.constant(0.0))
@@ -117,7 +127,17 @@ def pair_formulas(formula: PairFormula, task: Task) -> PairFormulas:
         seeds[second[name]] = graph.input(f"d{name}_j")
     for name in formula.shared:
         seeds[common[name]] = graph.input(f"d{name}")
-    return PairFormulas(None, *(tuple(tangents(part, seeds)) if part else () for part in parts))
+    for node in looked:
+        seeds[node] = graph.lookup(f"d{node.payload}", *node.arguments)
+    turned = [tangents(part, seeds) if part else [] for part in parts]
+    return _found(None, turned, entries)
+
+
+def _found(
+    energy: Node | None, parts: Sequence[Sequence[Node]], looked_up: Sequence[Node]
+) -> PairFormulas:
+    slopes, first, second, shared, entries = map(tuple, parts)
+    return PairFormulas(energy, slopes, first, second, shared, entries, tuple(looked_up))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +156,7 @@ class Loop:
         Functions whose coefficients the table of numbers must hold, in this order.
     n_sums
         Sums over all pairs: the energy first unless the loop is of second order, then derivatives
-        in shared quantities.
+        in shared quantities, then those in the entries of all tables.
     """
 
     function: Any
@@ -172,13 +192,14 @@ class _LoopEmitter:
     index over four), its shift, where its tiles begin, where those begin that need no mask, where
     they end, and where its masks begin; ``tiles`` int32 are clusters; ``masks`` int64 have one bit
     a pair, lanes fastest. ``numbers`` are the squared cutoff, shared quantities, their directions
-    if the loop is of second order, constants, then for each series a factor, a shift and
-    coefficients. ``shifts`` ``(n, 3)`` float64 are added to the four particles (second order:
-    ``(n, 6)``, the last three are the direction). Positions in ``data`` are relative to their
-    cluster's of ``origins`` ``(clusters, 3)`` float64: short vectors lose nothing in single
-    precision, wherever in the box they are. ``data`` ``(clusters, n_inputs, lanes)`` and ``out``
-    ``(clusters, n_outputs, lanes)`` belong to particles, ``sums`` float64 ``(n_sums + 3 shifts,)``
-    to all pairs and, derivatives in the shifts, to each shift.
+    if the loop is of second order, constants, for each series a factor, a shift and coefficients,
+    then tables and, at second order, their directions. ``shifts`` ``(n, 3)`` float64 are added to
+    the four particles (second order: ``(n, 6)``, the last three are the direction). Positions in
+    ``data`` are relative to their cluster's of ``origins`` ``(clusters, 3)`` float64: short vectors
+    lose nothing in single precision, wherever in the box they are. ``data``
+    ``(clusters, n_inputs, lanes)`` and ``out`` ``(clusters, n_outputs, lanes)`` belong to
+    particles, ``sums`` float64 ``(n_sums + 3 shifts,)`` to all pairs and, derivatives in the
+    shifts, to each shift.
     """
 
     def __init__(
@@ -199,7 +220,13 @@ class _LoopEmitter:
         self.inputs = inputs
         self.n_inputs = len(inputs)
         self.n_outputs = len(formulas.slopes) + len(formulas.first)
-        self.n_sums = len(formulas.shared) + (formulas.energy is not None)
+        self.n_totals = len(formulas.shared) + (formulas.energy is not None)
+        #: Where derivatives in the entries of each table begin.
+        self.entries: dict[str, int] = {}
+        self.n_sums = self.n_totals
+        for name, size in formula.tables if task.tables else ():
+            self.entries[name] = self.n_sums
+            self.n_sums += size
 
     # The function -----------------------------------------------------------------------------
 
@@ -212,7 +239,9 @@ class _LoopEmitter:
         self.numbers, self.shifts, self.origins = self.code.arguments[5:8]
         self.data, self.out, self.sums = self.code.arguments[8:]
         self.builder = self.code.builder
-        self.emitter = Emitter(self.builder, self.scalar, self.lanes, self._coefficients)
+        self.emitter = Emitter(
+            self.builder, self.scalar, self.lanes, self._coefficients, self._lookup
+        )
         self._allocate()
         self._load_numbers()
         self.code.loop(self.begin, self.end, self._row)
@@ -226,7 +255,7 @@ class _LoopEmitter:
             return [self.builder.alloca(self.emitter.vector) for _ in range(count)]
 
         self.of_rows = [vectors(n) for _ in range(ROWS)]
-        self.of_all = vectors(self.n_sums)
+        self.of_all = vectors(self.n_totals)
 
     def _load_numbers(self) -> None:
         formula = self.formula
@@ -238,14 +267,50 @@ class _LoopEmitter:
             name: self.emitter.broadcast(self.code.at(self.numbers, INDEX(k)))
             for k, name in enumerate(names)
         }
-        self.tables: dict[Series, int] = {}
+        self.series_at: dict[Series, int] = {}
         place = len(names)
         for series in self.series:
-            self.tables[series] = place
+            self.series_at[series] = place
             place += series.degree + 3
+        self.tables_at: dict[str, int] = {}
+        for prefix in ("", "d") if self.task.second else ("",):
+            for name, size in formula.tables:
+                self.tables_at[f"{prefix}{name}"] = place
+                place += size
+
+    def _lookup(self, table: str, index: Value) -> Value:
+        """Entries of a table, one for each lane."""
+        builder, first = self.builder, INDEX(self.tables_at[table])
+        result = ir.Constant(self.emitter.vector, ir.Undefined)
+        for lane, place in enumerate(self._places(index, first)):
+            entry = self.code.at(self.numbers, place)
+            result = builder.insert_element(result, entry, INT32(lane))
+        return result
+
+    def _places(self, index: Value, first: Value) -> list[Value]:
+        """Places of entries from ``first`` on, one for each lane."""
+        whole = self.builder.fptosi(index, ir.VectorType(INT32, self.lanes))
+        places = []
+        for lane in range(self.lanes):
+            one = self.builder.extract_element(whole, INT32(lane))
+            places.append(self.builder.add(self.builder.sext(one, INDEX), first))
+        return places
+
+    def _scatter(self, within: Value, slopes: list[Value], indices: list[Value]) -> None:
+        """Add derivatives in entries of tables, where any pair of the lanes counts."""
+        builder = self.builder
+        bits = builder.bitcast(within, ir.IntType(self.lanes))
+        with builder.if_then(builder.icmp_unsigned("!=", bits, bits.type(0))):
+            nodes = self.formulas.looked_up
+            for node, slope, index in zip(nodes, slopes, indices, strict=True):
+                counted = builder.select(within, slope, self.emitter.constant(0.0))
+                places = self._places(index, INDEX(self.entries[str(node.payload)]))
+                for lane, place in enumerate(places):
+                    part = builder.extract_element(counted, INT32(lane))
+                    self.code.add_at(self.sums, place, self.code.precise(part))
 
     def _coefficients(self, series: Series) -> tuple[list[Value], Value, Value]:
-        place = self.tables[series]
+        place = self.series_at[series]
         values = [
             self.emitter.broadcast(self.code.at(self.numbers, INDEX(place + k)))
             for k in range(series.degree + 3)
@@ -367,7 +432,12 @@ class _LoopEmitter:
         slopes = results[start : start + n_slopes]
         first = results[start + n_slopes : start + n_slopes + n_particle]
         second = results[start + n_slopes + n_particle : start + n_slopes + 2 * n_particle]
-        overall = [*results[:start], *results[start + n_slopes + 2 * n_particle :]]
+        rest = results[start + n_slopes + 2 * n_particle :]
+        n_shared, n_entries = len(formulas.shared), len(formulas.entries)
+        overall = [*results[:start], *rest[:n_shared]]
+        if n_entries:
+            entries, indices = rest[n_shared:][:n_entries], rest[n_shared + n_entries :]
+            self._scatter(within, entries, indices)
 
         def counted(total: Value, change: Value, combine: Any) -> Value:
             return builder.select(within, combine(total, change, flags=FLAGS), total)

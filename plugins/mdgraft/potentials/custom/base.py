@@ -87,6 +87,10 @@ class AbstractCustomTerm(AbstractTerm):
         """Global parameters ``()`` by the names that expressions use."""
         return {name: global_values[parameter_key(name)] for name in self.global_names}
 
+    def entries(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries ``(entries,)`` of tabulated functions by the names that expressions use."""
+        return {name: values[key] for name, key in self.table_keys.items()}
+
     def functions(self, values: Mapping[str, Tensor]) -> dict[str, Callable[..., Tensor]]:
         """Tabulated functions with the present values, as `Expression` wants them."""
         return {

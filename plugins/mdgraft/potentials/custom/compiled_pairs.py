@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -15,17 +16,28 @@ from mdgraft.kernels.fused.lepton import describe, symmetric
 from mdgraft.kernels.kernel import Kernel
 from mdgraft.kernels.routes import Route, pair_kernel, route
 from mdgraft.kernels.sums import particle_sums
-from mdgraft.kernels.switch import compiled_kernels
-from mdgraft.lepton import Expression
+from mdgraft.kernels.switch import compiled_kernels, on_device
+from mdgraft.lepton import Expression, TabulatedFunction
+from mdgraft.lepton.program import Step
 from mdgraft.potentials.nonbonded import Method
 
+#: So many particles may be looped over frame by frame, see `mdgraft.kernels.fused.pairs_by_frame`.
+LARGEST = 128
 #: Longer expressions take many seconds to compile.
 MOST_STEPS = 500
 
-#: ``(positions, box, particle quantities, shared ones, switching distance) -> energies``, or sums
-#: ``(frames, N)``.
+#: ``(positions, box, particle quantities, shared ones, switching distance, tabulated functions) ->
+#: energies``, or sums ``(frames, N)``.
 PlainSum = Callable[
-    [Tensor, "Tensor | None", Mapping[str, Tensor], Mapping[str, Tensor], "Tensor | None"], Tensor
+    [
+        Tensor,
+        "Tensor | None",
+        Mapping[str, Tensor],
+        Mapping[str, Tensor],
+        "Tensor | None",
+        Mapping[str, Callable[..., Tensor]],
+    ],
+    Tensor,
 ]
 
 
@@ -48,6 +60,8 @@ class CompiledPairs:
         Number of particles.
     framed
         Names of particle quantities that differ between frames.
+    tables
+        Tabulated functions by name.
     gathered
         Whether each particle sums over the pairs in which it is particle 1, instead of all pairs
         being summed, once each.
@@ -65,6 +79,7 @@ class CompiledPairs:
         exclusions: Tensor,
         n_particles: int,
         framed: Collection[str] = (),
+        tables: Mapping[str, TabulatedFunction] | None = None,
         gathered: bool = False,
     ) -> None:
         used = expression.variables
@@ -83,8 +98,12 @@ class CompiledPairs:
         self._n_particles = n_particles
         # An array: inside a torch.func transform tensors do not show theirs.
         self._exclusions = exclusions.cpu().numpy()
-        long = len(expression.program.steps) > MOST_STEPS
-        self._description = None if long else describe(expression.program, names)
+        steps = expression.program.steps
+        called = {s.operation for s in steps if isinstance(s, Step) and s.custom}
+        self._tables = {name: t for name, t in (tables or {}).items() if name in called}
+        self._description = None
+        if len(steps) <= MOST_STEPS:
+            self._description = describe(expression.program, names, self._tables)
         self._ordered = ""
         if self._description is not None and not gathered:
             exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
@@ -101,7 +120,12 @@ class CompiledPairs:
 
         It is as worth while as for ``n_particles`` particles; by default, for as many as there are.
         """
-        return self._description is not None and compiled_kernels(
+        if self._description is None or (
+            # Loops over small systems, and those of GPUs, have no tables.
+            self._tables and (on_device(positions) or self._n_particles <= LARGEST)
+        ):
+            return False
+        return compiled_kernels(
             positions, n_particles=self._n_particles if n_particles is None else n_particles
         )
 
@@ -112,6 +136,7 @@ class CompiledPairs:
         particle: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
         switching: Tensor | None,
+        entries: Mapping[str, Tensor],
         plain: PlainSum,
     ) -> Tensor:
         """Energies ``(frames,)`` [kJ/mol].
@@ -124,12 +149,13 @@ class CompiledPairs:
             Quantities ``(N,)``, or ``(frames, N)``, and ``()`` by name.
         switching
             ``()`` [nm], or None.
+        entries
+            Of tables ``(entries,)`` by the names of the functions.
         plain
             The same sum by torch operations.
         """
-        return self._evaluate(
-            differentiable_energy, positions, box, particle, shared, switching, plain
-        )
+        quantities = (particle, shared, switching, entries)
+        return self._evaluate(differentiable_energy, positions, box, *quantities, plain)
 
     def sums(
         self,
@@ -137,10 +163,12 @@ class CompiledPairs:
         box: Tensor | None,
         particle: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
+        entries: Mapping[str, Tensor],
         plain: PlainSum,
     ) -> Tensor:
         """Sums ``(frames, N)`` at particle 1, of what is gathered; arguments as in `energy`."""
-        return self._evaluate(particle_sums, positions, box, particle, shared, None, plain)
+        quantities = (particle, shared, None, entries)
+        return self._evaluate(particle_sums, positions, box, *quantities, plain)
 
     def _evaluate(
         self,
@@ -150,6 +178,7 @@ class CompiledPairs:
         particle: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
         switching: Tensor | None,
+        entries: Mapping[str, Tensor],
         plain: PlainSum,
     ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
@@ -158,6 +187,8 @@ class CompiledPairs:
             inputs.append(torch.arange(n, dtype=positions.dtype, device=device))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
+        for name, table in self._tables.items():
+            inputs += table.columns(entries[name])
         cell = box if self._method.periodic else None
         return function(self._kernel(positions, plain), positions, cell, inputs)
 
@@ -174,6 +205,11 @@ class CompiledPairs:
                 n_shared=len(self._shared),
                 ordered=self._ordered,
                 switched=self._switched,
+                sizes=tuple(
+                    math.prod(table.sizes)
+                    for table in self._tables.values()
+                    for _ in range(table.n_columns)
+                ),
                 framed=self._framed,
                 gathered=self._gathered,
                 cutoff=self._cutoff,
@@ -195,6 +231,12 @@ class CompiledPairs:
         particle = dict(zip(self._particle, inputs, strict=False))
         rest = inputs[len(self._particle) + bool(self._ordered) :]
         shared = dict(zip(self._shared, rest, strict=False))
-        switching = rest[-1] if self._switched else None
-        total = plain(positions, box if box.shape[1] else None, particle, shared, switching)
+        columns = iter(rest[len(self._shared) + self._switched :])
+        functions = {
+            name: functools.partial(table.at, list(itertools.islice(columns, table.n_columns)))
+            for name, table in self._tables.items()
+        }
+        switching = rest[len(self._shared)] if self._switched else None
+        cell = box if box.shape[1] else None
+        total = plain(positions, cell, particle, shared, switching, functions)
         return total if weight is None else (weight * total).sum(dim=-1)

@@ -147,6 +147,7 @@ class CustomGB(AbstractCustomTerm):
             exclusions=exclusions if excluding else exclusions[:0],
             n_particles=self.n_particles,
             framed={value.name for value in self.computed_values},
+            tables=self.tabulated,
             gathered=bool(step.name),
         )
 
@@ -173,6 +174,7 @@ class CustomGB(AbstractCustomTerm):
         """Energy of each frame ``(frames,)`` [kJ/mol]."""
         n_frames, shape = positions.shape[0], positions.shape[:2]
         shared, functions = self.shared_values(global_values), self.functions(values)
+        entries = self.entries(values)
         particle = dict(self.item_values(values))
         x, y, z = positions.unbind(-1)
         lists: dict[Computation, OrderedPairs] = {}
@@ -188,11 +190,11 @@ class CustomGB(AbstractCustomTerm):
                 ).expand(shape)
                 result = own if step.name else own.sum(dim=-1)
             elif not compiled.serve(positions, n_particles=size):
-                result = plain(positions, box, particle, shared, functions=functions, lists=lists)
+                result = plain(positions, box, particle, shared, None, functions, lists=lists)
             elif step.name:
-                result = compiled.sums(positions, box, particle, shared, plain)
+                result = compiled.sums(positions, box, particle, shared, entries, plain)
             else:
-                result = compiled.energy(positions, box, particle, shared, None, plain)
+                result = compiled.energy(positions, box, particle, shared, None, entries, plain)
             if step.name:
                 particle[step.name] = result
             else:
@@ -213,8 +215,8 @@ class CustomGB(AbstractCustomTerm):
         particle: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
         switching: Tensor | None = None,
-        *,
         functions: Mapping[str, Callable[..., Tensor]] | None = None,
+        *,
         lists: dict[Computation, OrderedPairs] | None = None,
     ) -> Tensor:
         """Sums at particle 1 ``(frames, N)``, or the energy ``(frames,)``, by torch operations."""

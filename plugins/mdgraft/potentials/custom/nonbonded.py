@@ -128,6 +128,7 @@ class CustomNonbonded(AbstractCustomTerm):
                 cutoff=cutoff,
                 switched=self.switched,
                 exclusions=exclusions,
+                tables=self.tabulated,
                 n_particles=n_particles,
             )
 
@@ -187,9 +188,8 @@ class CustomNonbonded(AbstractCustomTerm):
         switching = values[self.switching_key] if self.switched else None
         particle = self._particle(self.item_values(values), shared, functions, self.kind, positions)
         if self._compiled is not None and self._compiled.serve(positions):
-            energy = self._compiled.energy(
-                positions, box, particle, shared, switching, self._plain_sum
-            )
+            quantities = (particle, shared, switching, self.entries(values))
+            energy = self._compiled.energy(positions, box, *quantities, self._plain_sum)
         else:
             energy = self._plain_sum(positions, box, particle, shared, switching, functions)
         if self.long_range_correction:

@@ -28,6 +28,7 @@ def expression_formula(
     n_shared: int,
     ordered: str,
     switched: bool,
+    sizes: tuple[int, ...] = (),
     framed: tuple[int, ...] = (),
     gathered: bool = False,
 ) -> PairFormula:
@@ -44,6 +45,8 @@ def expression_formula(
         quantity; or ``""`` if it does not matter.
     switched
         Whether there is a switching distance, another shared quantity.
+    sizes
+        Of the tables that it looks entries up in.
     framed
         Which particle quantities differ between frames.
     gathered
@@ -96,6 +99,7 @@ def expression_formula(
         framed=("weight",) * gathered + tuple(f"quantity{k}" for k in framed),
         shared=shared,
         constants=CONSTANTS,
+        tables=tuple((f"table{k}", size) for k, size in enumerate(sizes)),
         energy=weighted if gathered else share,
     )
 
@@ -107,6 +111,7 @@ def expression_kernel(
     n_shared: int,
     ordered: str,
     switched: bool,
+    sizes: tuple[int, ...],
     framed: tuple[int, ...],
     gathered: bool,
     cutoff: float,
@@ -120,7 +125,7 @@ def expression_kernel(
 
     Parameters
     ----------
-    description, n_particle, n_shared, ordered, switched, framed, gathered
+    description, n_particle, n_shared, ordered, switched, sizes, framed, gathered
         See `expression_formula`.
     cutoff
         [nm]; infinite in an open system without one.
@@ -141,6 +146,7 @@ def expression_kernel(
         n_shared=n_shared,
         ordered=ordered,
         switched=switched,
+        sizes=sizes,
         framed=framed,
         gathered=gathered,
     )
