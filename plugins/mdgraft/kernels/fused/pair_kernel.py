@@ -14,6 +14,7 @@ from mdgraft.kernels.fused.frame_pass import Gathered, Layer, frame_pass
 from mdgraft.kernels.fused.graph import Series
 from mdgraft.kernels.fused.pairs_by_frame import FEWEST, LARGEST, pairs_by_frame
 from mdgraft.kernels.fused.spreading import compiled
+from mdgraft.kernels.fused.thinning import Kinds, thinned
 from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
 from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 from mdgraft.kernels.kernel import Inputs, PerFrame
@@ -55,6 +56,8 @@ class PairKernel:
         Coefficients of the series that the formula uses.
     reference
         A plain torch form of the same energy.
+    kinds
+        Which particles may interact at all; None if all may.
     """
 
     fused = True
@@ -68,6 +71,7 @@ class PairKernel:
         constants: Mapping[str, float],
         table: Table | None = None,
         reference: Callable[..., Tensor] | None,
+        kinds: Kinds | None = None,
     ) -> None:
         self.formula = formula
         self.framed = tuple(
@@ -77,6 +81,7 @@ class PairKernel:
         self.exclusions = exclusions
         self.constants = dict(constants)
         self.reference = reference
+        self._kinds = kinds
         self._table = table
         self._known: dict[int, _Known] = {}
         self._few: dict[bool, TupleKernel] = {}
@@ -281,6 +286,8 @@ class PairKernel:
             lanes,
             n_threads=torch.get_num_threads(),
         )
+        if self._kinds is not None:
+            tiles = thinned(tiles, self._kinds)
         self._known[lanes] = _Known(
             tiles, positions.copy(), None if box is None else box.copy(), skin
         )

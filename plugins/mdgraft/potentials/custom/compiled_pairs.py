@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ from mdgraft.kernels.switch import compiled_kernels, on_device
 from mdgraft.lepton import Expression, TabulatedFunction
 from mdgraft.lepton.program import Step
 from mdgraft.potentials.nonbonded import Method
+
+if TYPE_CHECKING:
+    from mdgraft.kernels.fused.thinning import Kinds
 
 #: So many particles may be looped over frame by frame, see `mdgraft.kernels.fused.pairs_by_frame`.
 LARGEST = 128
@@ -39,6 +44,37 @@ PlainSum = Callable[
     ],
     Tensor,
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Kinds of particles, and how often pairs of them count.
+
+    Attributes
+    ----------
+    kind
+        ``(N,)`` int64.
+    forward
+        ``(kinds, kinds)``, of the particles of lower and higher index, the former as particle 1.
+    backward
+        ``(kinds, kinds)``, of the particles of higher and lower index, the former as particle 1.
+    """
+
+    kind: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+
+    def counts(self, *, ordered: bool) -> tuple[np.ndarray, ...]:
+        """Both, or their sum ``(kinds, kinds)`` if it does not matter which particle is 1."""
+        return (self.forward, self.backward) if ordered else (self.forward + self.backward.T,)
+
+    @property
+    def kinds(self) -> Kinds:
+        """For lists."""
+        from mdgraft.kernels.fused.thinning import Kinds
+
+        total = self.forward + self.backward.T
+        return Kinds(self.kind, (total + total.T) > 0)
 
 
 class CompiledPairs:
@@ -62,6 +98,8 @@ class CompiledPairs:
         Names of particle quantities that differ between frames.
     tables
         Tabulated functions by name.
+    groups
+        Of particles of which not all interact, or None.
     gathered
         Whether each particle sums over the pairs in which it is particle 1, instead of all pairs
         being summed, once each.
@@ -80,6 +118,7 @@ class CompiledPairs:
         n_particles: int,
         framed: Collection[str] = (),
         tables: Mapping[str, TabulatedFunction] | None = None,
+        groups: Groups | None = None,
         gathered: bool = False,
     ) -> None:
         used = expression.variables
@@ -109,6 +148,7 @@ class CompiledPairs:
             exchanged = {f"{k}_{i}": f"{k}_{3 - i}" for k in range(len(names)) for i in (1, 2)}
             if not symmetric(self._description, exchanged):
                 self._ordered = "lower" if method is Method.NO_CUTOFF else "higher"
+        self._groups = groups
         self._kernels: dict[Route, Kernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,12 +160,11 @@ class CompiledPairs:
 
         It is as worth while as for ``n_particles`` particles; by default, for as many as there are.
         """
-        if self._description is None or (
-            # Loops over small systems, and those of GPUs, have no tables.
-            self._tables and (on_device(positions) or self._n_particles <= LARGEST)
-        ):
+        looks_up = bool(self._tables) or self._groups is not None
+        # Loops over small systems, and those of GPUs, have no tables.
+        if looks_up and (on_device(positions) or self._n_particles <= LARGEST):
             return False
-        return compiled_kernels(
+        return self._description is not None and compiled_kernels(
             positions, n_particles=self._n_particles if n_particles is None else n_particles
         )
 
@@ -182,13 +221,18 @@ class CompiledPairs:
         plain: PlainSum,
     ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
+        groups = self._groups
+        if groups is not None:
+            inputs.append(torch.from_numpy(groups.kind).to(positions))
         if self._ordered:
-            n, device = self._n_particles, positions.device
-            inputs.append(torch.arange(n, dtype=positions.dtype, device=device))
+            inputs.append(torch.arange(self._n_particles).to(positions))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
         for name, table in self._tables.items():
             inputs += table.columns(entries[name])
+        if groups is not None:
+            counts = groups.counts(ordered=bool(self._ordered))
+            inputs += [torch.from_numpy(count).to(positions).reshape(-1) for count in counts]
         cell = box if self._method.periodic else None
         return function(self._kernel(positions, plain), positions, cell, inputs)
 
@@ -210,6 +254,7 @@ class CompiledPairs:
                     for table in self._tables.values()
                     for _ in range(table.n_columns)
                 ),
+                kinds=None if self._groups is None else self._groups.kinds,
                 framed=self._framed,
                 gathered=self._gathered,
                 cutoff=self._cutoff,
@@ -229,7 +274,8 @@ class CompiledPairs:
         weight = quantities[0] if self._gathered else None
         inputs = quantities[1:] if self._gathered else quantities
         particle = dict(zip(self._particle, inputs, strict=False))
-        rest = inputs[len(self._particle) + bool(self._ordered) :]
+        labels = (self._groups is not None) + bool(self._ordered)
+        rest = inputs[len(self._particle) + labels :]
         shared = dict(zip(self._shared, rest, strict=False))
         columns = iter(rest[len(self._shared) + self._switched :])
         functions = {

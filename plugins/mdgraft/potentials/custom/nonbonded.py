@@ -16,7 +16,7 @@ from mdgraft.kernels.periodic import volume
 from mdgraft.lepton import Expression
 from mdgraft.potentials import pair_forms
 from mdgraft.potentials.custom.base import AbstractCustomTerm, Tables, parameter_keys
-from mdgraft.potentials.custom.compiled_pairs import CompiledPairs
+from mdgraft.potentials.custom.compiled_pairs import CompiledPairs, Groups
 from mdgraft.potentials.custom.long_range import PairCounts, correction
 from mdgraft.potentials.custom.pairwise import list_pairs, measure, particle_and_pair_names
 from mdgraft.potentials.nonbonded import Method
@@ -117,20 +117,20 @@ class CustomNonbonded(AbstractCustomTerm):
         self.register_buffer("excluded", keys, persistent=False)
         self.grouped = bool(groups)
         self._add_groups(groups)
-        #: Groups tend to be small, and compiled loops go over all pairs.
-        self._compiled: CompiledPairs | None = None
-        if not groups:
-            self._compiled = CompiledPairs(
-                self._energy,
-                particle=[*self.item_keys, *self._computed],
-                shared=self.global_names,
-                method=method,
-                cutoff=cutoff,
-                switched=self.switched,
-                exclusions=exclusions,
-                tables=self.tabulated,
-                n_particles=n_particles,
-            )
+        weights = (self.forward_weights, self.backward_weights)
+        arrays = [t.cpu().numpy() for t in (self.kind, *weights)]
+        self._compiled = CompiledPairs(
+            self._energy,
+            particle=[*self.item_keys, *self._computed],
+            shared=self.global_names,
+            method=method,
+            cutoff=cutoff,
+            switched=self.switched,
+            exclusions=exclusions,
+            tables=self.tabulated,
+            groups=Groups(*arrays) if groups else None,
+            n_particles=n_particles,
+        )
 
     def _add_groups(self, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Kinds of particles by their membership, and how often their pairs interact."""
@@ -187,7 +187,7 @@ class CustomNonbonded(AbstractCustomTerm):
         shared, functions = self.shared_values(global_values), self.functions(values)
         switching = values[self.switching_key] if self.switched else None
         particle = self._particle(self.item_values(values), shared, functions, self.kind, positions)
-        if self._compiled is not None and self._compiled.serve(positions):
+        if self._compiled.serve(positions):
             quantities = (particle, shared, switching, self.entries(values))
             energy = self._compiled.energy(positions, box, *quantities, self._plain_sum)
         else:
