@@ -142,6 +142,34 @@ def test_perfect_superposition():
 
 
 @needs("LCPOForce")
+@pytest.mark.parametrize("kind", ["rmsd", "rg", "orientation"])
+def test_single_precision_loses_nothing_to_cancellation(kind):
+    """A long chain that deviates little, far from the origin."""
+    rng = np.random.default_rng(3)
+    y = np.cumsum(rng.normal(0, 0.1, size=(2000, 3)), axis=0) + 7.0
+    force = {
+        "rmsd": lambda: openmm.RMSDForce(y),
+        "rg": lambda: openmm.RGForce(),
+        "orientation": lambda: openmm.OrientationRestraintForce(500.0, y),
+    }
+    name = {"rmsd": "RMSDForce", "rg": "RGForce", "orientation": "OrientationRestraintForce"}[kind]
+    if not hasattr(openmm, name):
+        pytest.skip(f"this OpenMM has no {name}")
+    system = openmm.System()
+    for _ in y:
+        system.addParticle(1.0)
+    system.addForce(force[kind]())
+    x = torch.tensor(y + rng.normal(0, 0.02, size=y.shape)).float()
+    slopes = []
+    for dtype in (torch.float64, torch.float32):
+        z = x.to(dtype).requires_grad_()
+        energy = mdgraft.graft(system, dtype=dtype)(z)
+        assert energy.dtype == dtype
+        slopes.append(torch.autograd.grad(energy, z)[0].double())
+    # The reference of the second one is rounded by 1e-6 nm.
+    assert (slopes[1] - slopes[0]).norm() <= 1e-4 * slopes[0].norm()
+
+
 def test_write_back():
     y = reference()
     system, positions = system_with(

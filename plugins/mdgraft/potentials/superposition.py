@@ -40,7 +40,7 @@ class RadiusOfGyration(AbstractTerm):
         """Energy of each frame ``(frames,)``."""
         x = _centered(positions[:, self.particles])
         result: Tensor = safe_norm(x.reshape(x.shape[0], -1)) / self.particles.numel() ** 0.5
-        return result
+        return result.to(positions.dtype)
 
 
 class RMSD(AbstractTerm):
@@ -86,7 +86,7 @@ class RMSD(AbstractTerm):
         deviation = (squares - 2 * largest) / self.particles.shape[0]
         aligned = deviation < 1e-20
         root = torch.sqrt(torch.where(aligned, 1.0, deviation))
-        return torch.where(aligned, 0.0, root)
+        return torch.where(aligned, 0.0, root).to(positions.dtype)
 
 
 class OrientationRestraint(AbstractTerm):
@@ -128,10 +128,13 @@ class OrientationRestraint(AbstractTerm):
         # The square of an eigenvector's component is a cofactor over the polynomial's slope.
         identity = torch.eye(3, dtype=x.dtype, device=x.device)
         minor = largest[:, None, None] * identity - matrix[:, 1:, 1:]
-        return 2 * values["k"] * (1 - _determinant(minor) / slope)
+        energy = 2 * values["k"] * (1 - _determinant(minor) / slope)
+        return energy.to(positions.dtype)
 
 
 def _centered(points: Tensor) -> Tensor:
+    """In double precision: a deviation is a small difference between large sums of squares."""
+    points = points.double()
     return points - points.mean(dim=-2, keepdim=True)
 
 
