@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,17 +103,21 @@ class ContextEnergy:
 
     def put(self, context: openmm.Context, positions: np.ndarray, box: np.ndarray | None) -> None:
         """Bring one configuration into a Context: ``(N, 3)`` and ``(3, 3)`` [nm]."""
-        if positions.shape[0] != self.n_particles:
-            raise InvalidInputError(
-                f"state: has {positions.shape[0]} particles, the System {self.n_particles}"
-            )
-        if self.periodic:
-            if box is None:
-                raise MissingBoxError("state: has no box, but the System is periodic; pass box=")
+        self._check(positions.shape[0], box)
+        if self.periodic and box is not None:
             context.setPeriodicBoxVectors(*box)
         context.setPositions(positions)
         if self.sites is not None:
             context.computeVirtualSites()
+
+    def _check(self, n_particles: int, box: np.ndarray | None) -> None:
+        """Raise for configurations that are not of this System."""
+        if n_particles != self.n_particles:
+            raise InvalidInputError(
+                f"state: has {n_particles} particles, the System {self.n_particles}"
+            )
+        if self.periodic and box is None:
+            raise MissingBoxError("state: has no box, but the System is periodic; pass box=")
 
     def __call__(self, state: ChainState) -> Tensor:
         """Energies ``(C,)`` [kJ/mol], float64, one chain after the other."""
@@ -122,8 +126,70 @@ class ContextEnergy:
 
     def energies_of_arrays(self, positions: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
         """Energies ``(C,)`` [kJ/mol] of ``(C, N, 3)`` and ``(C, 3, 3)`` [nm], float64."""
-        states = self._states(positions, boxes, energy=True)
-        return np.array([number(state.getPotentialEnergy()) for state in states])
+        energies = np.empty(len(positions))
+        self._evaluation(positions, boxes, energies)()
+        return energies
+
+    def bound(
+        self, positions: np.ndarray, boxes: np.ndarray | None, energies: np.ndarray
+    ) -> Callable[[], None]:
+        """Evaluation of arrays that change in place, for many calls.
+
+        Parameters
+        ----------
+        positions, boxes
+            ``(C, N, 3)`` and ``(C, 3, 3)`` or None [nm], float64. Boxes stay as they are.
+        energies
+            ``(C,)`` [kJ/mol], float64, where results go.
+
+        Returns
+        -------
+        callable
+            A function of nothing that evaluates what ``positions`` hold when it is called. Nobody
+            else may change the Context's box between its calls.
+
+        Raises
+        ------
+        InvalidInputError
+            For another number of particles than that of the System.
+        MissingBoxError
+            If the System is periodic and there are no boxes.
+        SimulationError
+            If OpenMM refuses the box; and by the function that is returned, if it cannot evaluate
+            a configuration.
+        """
+        return self._evaluation(positions, boxes, energies)
+
+    def _evaluation(
+        self, positions: np.ndarray, boxes: np.ndarray | None, energies: np.ndarray
+    ) -> Callable[[], None]:
+        # Apart from `bound`, which a subclass may make of `energies_of_arrays` or the reverse.
+        self._check(positions.shape[1], boxes)
+        context, follow = self.context, self.sites is not None
+        put, get = context.setPositions, context.getState
+        boxes = boxes if self.periodic else None
+        if boxes is not None and len(boxes) and (boxes == boxes[0]).all():
+            # One for all chains is set but once.
+            try:
+                context.setPeriodicBoxVectors(*boxes[0])
+            except openmm.OpenMMException as error:
+                raise _failure(error) from error
+            boxes = None
+        chains = [(c, x, box) for c, (x, box) in enumerate(_paired(positions, boxes))]
+
+        def evaluate() -> None:
+            try:
+                for c, x, box in chains:
+                    if box is not None:
+                        context.setPeriodicBoxVectors(*box)
+                    put(x)
+                    if follow:
+                        context.computeVirtualSites()
+                    energies[c] = get(energy=True).getPotentialEnergy()._value
+            except openmm.OpenMMException as error:
+                raise _failure(error) from error
+
+        return evaluate
 
     def energies_and_forces(self, state: ChainState) -> tuple[Tensor, Tensor]:
         """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64.
@@ -131,9 +197,14 @@ class ContextEnergy:
         Forces on virtual sites are those that their parents feel, and zero on themselves.
         """
         energies, forces = [], []
-        for found in self._states(*arrays(state), energy=True, forces=True):
-            energies.append(number(found.getPotentialEnergy()))
-            forces.append(self.forces_of(found))
+        try:
+            for x, box in configurations(state):
+                self.put(self.context, x, box)
+                found = self.context.getState(energy=True, forces=True)
+                energies.append(number(found.getPotentialEnergy()))
+                forces.append(self.forces_of(found))
+        except openmm.OpenMMException as error:
+            raise _failure(error) from error
         device = state.positions.device
         return (
             torch.from_numpy(np.array(energies)).to(device),
@@ -147,19 +218,9 @@ class ContextEnergy:
             forces[list(self.sites.indices)] = 0.0
         return forces
 
-    def _states(
-        self, positions: np.ndarray, boxes: np.ndarray | None, **wanted: bool
-    ) -> list[openmm.State]:
-        found, context = [], self.context
-        try:
-            for x, box in _paired(positions, boxes):
-                self.put(context, x, box)
-                found.append(context.getState(**wanted))
-        except openmm.OpenMMException as error:
-            raise SimulationError(
-                f"energy: OpenMM cannot evaluate a configuration ({error})"
-            ) from error
-        return found
+
+def _failure(error: openmm.OpenMMException) -> SimulationError:
+    return SimulationError(f"energy: OpenMM cannot evaluate a configuration ({error})")
 
 
 def arrays(state: ChainState) -> tuple[np.ndarray, np.ndarray | None]:

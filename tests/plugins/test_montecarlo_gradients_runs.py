@@ -208,6 +208,15 @@ def test_a_stored_estimate_goes_on_as_if_never_stopped(
         assert (mine.n_alive, mine.n_cut) == (others.n_alive, others.n_cut)
 
 
+def test_parts_that_nobody_chose_do_not_change_how_derivatives_are_taken() -> None:
+    # With few chains most updates are without the part whose scale is asked for.
+    chains = particles(lambda: Mixture([MALA(0.05), Displacement(0.05)], [0.02, 0.98]))(1)
+    run: Any = Reparameterized().begin(chains, coordinates, parameters=["center", "MALA.scale"])
+    run.advance(40)
+    assert 0 < int(chains.statistics["MALA"].attempts.sum()) < 40
+    assert not run._tangents._by_differences
+
+
 def test_estimates_may_be_looked_at_on_the_way() -> None:
     sampler, observable, gradient, options = RUNS["branches"]
     run = gradient.begin(sampler(1), observable, **options)

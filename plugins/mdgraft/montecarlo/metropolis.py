@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 
 from mdgraft._errors import InvalidInputError, UnsupportedDerivativeError, WrongEnsembleError
 from mdgraft.ensembles.recompute import leaves_of
+from mdgraft.montecarlo._adaptation import Adaptation
 from mdgraft.montecarlo._archive import load_tensors, save_tensors
-from mdgraft.montecarlo._arrays import ArrayChains, MovesArrays, work_on_arrays
+from mdgraft.montecarlo._arrays import ArrayChains, work_on_arrays
 from mdgraft.montecarlo._counts import checked_count
 from mdgraft.montecarlo._holding import Holding
+from mdgraft.montecarlo._program import Program
 from mdgraft.montecarlo.moves.base import AbstractMove, uniform
-from mdgraft.montecarlo.moves.mixture import Mixture
-from mdgraft.montecarlo.samples import Samples, Update
+from mdgraft.montecarlo.samples import Samples, StackedStates, Update
 from mdgraft.montecarlo.state import PATHWISE, ChainState
 from mdgraft.montecarlo.target import Target
 from mdgraft.montecarlo.transition import Transition, transition
@@ -110,6 +110,7 @@ class Metropolis:
         self.moves = moves.copied()
         self._components = _unique(self.moves.components)
         self._rows = _numbered(self._components)
+        self._program: Program | None = None
         state.checked()
         target.check(state)
         self.moves.check(state, target)
@@ -125,16 +126,17 @@ class Metropolis:
             self._generator.set_state(state.generator_state.cpu())
         else:
             self._generator.manual_seed(0 if seed is None else seed)
-        self._state, self._leaves = _start(target, state)
+        # The stream goes on in the generator; a state that is handed out must not repeat it.
+        self._state, self._leaves = _start(target, state.replace(generator_state=None))
         self._holding = Holding(target, self._components, self._state)
         self._versions = _versions(target, self._leaves)
-        self._initial_scales = [m.scale.clone() if m.has_scale else None for m in self._components]
-        self._adaptations = [0] * len(self._components)
+        self._adaptation = Adaptation(self._components)
         self.reset_statistics()
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         # A copy has moves of its own.
-        self.__dict__.update(values, _rows=_numbered(values["_components"]))
+        rows = _numbered(values["_components"])
+        self.__dict__.update(values, _rows=rows, _program=None)
 
     # Running ----------------------------------------------------------------------------------
 
@@ -180,38 +182,26 @@ class Metropolis:
         """The chains as arrays, where energy and moves work on these; the steps are the same."""
         if self._holding.watches or not work_on_arrays(self.target, self.moves, self._state):
             return None
-        return ArrayChains(self.target, self._state)
+        if self._program is None:
+            self._program = Program(self.moves, self._state, self._rows)
+        return ArrayChains(self.target, self._program, self._state)
 
-    def _advance(self, n_steps: int, arrays: ArrayChains | None) -> None:
-        """Steps of which nothing is kept but the last state."""
-        if arrays is None:
-            for _ in range(n_steps):
-                self._stepped(adapt=False)
-            return
-        done = 0
+    def _run(
+        self, arrays: ArrayChains, n_samples: int, stride: int, adapt: bool = False
+    ) -> StackedStates:
+        """Steps of the chains as arrays, counted."""
+        before = self._state
         try:
-            while done < n_steps:
-                for move in self.moves.updates:
-                    self._update_arrays(move, arrays)
-                done += 1
+            positions, energies = arrays.run(
+                n_samples,
+                stride,
+                self._generator,
+                self._counts.numpy(),
+                self._next_scale if adapt else None,
+            )
         finally:
-            self._state = arrays.state(self._state.step + done)
-
-    def _update_arrays(self, move: AbstractMove, arrays: ArrayChains) -> None:
-        """One update of the chains as arrays, counted."""
-        on_arrays = cast(MovesArrays, move)
-        if not isinstance(move, Mixture):
-            row = self._rows[id(move)]
-            arrays.update(on_arrays, self._generator, self._acceptances[row].numpy())
-            self._rounds[row] += 1
-            return
-        accepted = np.zeros(self._state.n_chains, dtype=np.int64)
-        choice = move.choice(arrays.update(on_arrays, self._generator, accepted)).numpy()
-        for k, part in enumerate(move.components):
-            row, mine = self._rows[id(part)], choice == k
-            attempts, acceptances = self._attempts[row].numpy(), self._acceptances[row].numpy()
-            attempts += mine
-            acceptances += mine * accepted
+            self._state = arrays.state
+        return StackedStates(before, positions, energies, stride)
 
     def _stepped(self, adapt: bool) -> tuple[Update, ...]:
         done = []
@@ -242,13 +232,15 @@ class Metropolis:
             stochastic approximation (Robbins and Monro, 1951) with steps ``2 / k^0.6``. The scales
             stay fixed afterwards: a chain whose scale depends on its past has another law.
         """
+        n_steps = checked_count("n_steps", n_steps, 0)
         self._renew()
         with torch.no_grad():
-            if adapt:
-                for _ in range(checked_count("n_steps", n_steps, 0)):
-                    self._stepped(adapt)
+            arrays = self._arrays() if n_steps else None
+            if arrays is not None:
+                self._run(arrays, 1, n_steps, adapt)
             else:
-                self._advance(checked_count("n_steps", n_steps, 0), self._arrays())
+                for _ in range(n_steps):
+                    self._stepped(adapt)
         self.reset_statistics()
 
     def sample(
@@ -271,21 +263,15 @@ class Metropolis:
             If the records would take more memory than allowed.
         """
         wanted, stride = checked_count("n_samples", n_samples), checked_count("stride", stride)
-        states: list[ChainState] = []
+        states: Sequence[ChainState]
         updates: list[Update] = []
         self._renew()
         with torch.no_grad():
             arrays = None if record is not None else self._arrays()
-            for _ in range(wanted):
-                if record is None:
-                    self._advance(stride, arrays)
-                else:
-                    for _ in range(stride):
-                        found = self._stepped(adapt=False)
-                        if not updates:
-                            _check_memory(found, wanted * stride, record)
-                        updates.extend(found)
-                states.append(self._state.replace(forces=None))
+            if arrays is not None:
+                states = self._run(arrays, wanted, stride)
+            else:
+                states = self._sampled(wanted, stride, record, updates)
         return Samples(
             states=states,
             target=self.target,
@@ -294,6 +280,21 @@ class Metropolis:
             updates=updates,
         )
 
+    def _sampled(
+        self, n_samples: int, stride: int, record: Recording | None, updates: list[Update]
+    ) -> list[ChainState]:
+        """States that follow from steps on tensors; the updates are appended if recorded."""
+        states = []
+        for _ in range(n_samples):
+            for _ in range(stride):
+                found = self._stepped(adapt=False)
+                if record is not None:
+                    if not updates:
+                        _check_memory(found, n_samples * stride, record)
+                    updates.extend(found)
+            states.append(self._state.replace(forces=None))
+        return states
+
     # Counting and adapting --------------------------------------------------------------------
 
     @property
@@ -301,8 +302,8 @@ class Metropolis:
         """Attempts and acceptances of each move by name, since the last reset."""
         return {
             move.name: MoveStatistics(
-                attempts=self._attempts[k] + self._rounds[k],
-                acceptances=self._acceptances[k].clone(),
+                attempts=self._counts[0, k] + self._rounds[k],
+                acceptances=self._counts[1, k].clone(),
             )
             for k, move in enumerate(self._components)
         }
@@ -314,9 +315,9 @@ class Metropolis:
 
     def reset_statistics(self) -> None:
         """Set all counts to zero."""
-        none = self._state.positions.new_zeros(self._state.n_chains, dtype=torch.long)
-        self._attempts = [none.clone() for _ in self._components]
-        self._acceptances = [none.clone() for _ in self._components]
+        shape = 2, len(self._components) + 1, self._state.n_chains
+        #: Attempts and acceptances; the last row is for compiled loops.
+        self._counts = self._state.positions.new_zeros(shape, dtype=torch.long)
         #: Attempts of all chains together, which need no tensor.
         self._rounds = [0] * len(self._components)
 
@@ -326,25 +327,22 @@ class Metropolis:
             row = self._rows[id(component)]
             if len(components) == 1:
                 self._rounds[row] += 1
-                self._acceptances[row].add_(result.accepted)
+                self._counts[1, row].add_(result.accepted)
             else:
                 mine = result.component == k
-                self._attempts[row].add_(mine)
-                self._acceptances[row].add_(mine & result.accepted)
+                self._counts[0, row].add_(mine)
+                self._counts[1, row].add_(mine & result.accepted)
+
+    def _next_scale(self, k: int, scale: float, log_alpha: np.ndarray) -> float:
+        return self._adaptation.scale(k, scale, log_alpha, self._state)
 
     def _adapt(self, update: AbstractMove, result: Transition) -> None:
-        probability = result.log_alpha.clamp(max=0.0).exp().nan_to_num(0.0)
-        for component, move in enumerate(update.components):
-            k = self._rows[id(move)]
-            initial = self._initial_scales[k]
-            mine = probability[result.component == component]
-            if initial is None or move.target_acceptance is None or not mine.numel():
-                continue
-            self._adaptations[k] += 1
-            gain = 2.0 / self._adaptations[k] ** 0.6
-            change = math.exp(gain * (float(mine.mean()) - move.target_acceptance))
-            largest = min(move.largest_scale(self._state), 1e3 * float(initial))
-            move.rescale(min(float(move.scale) * change, largest))
+        log_alpha, component = (t.cpu().numpy() for t in (result.log_alpha, result.component))
+        for part, move in enumerate(update.components):
+            mine = log_alpha[component == part]
+            if move.has_scale and mine.size:
+                k = self._rows[id(move)]
+                move.rescale(self._next_scale(k, float(move.scale), mine))
 
     def _check_ensemble(self) -> None:
         """Raise if the target has a variable that no move changes."""
@@ -366,11 +364,11 @@ class Metropolis:
         found = {_STATE + name: value for name, value in self.state.state_dict().items()}
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
-            found[prefix + "attempts"] = self._attempts[k] + self._rounds[k]
-            found[prefix + "acceptances"] = self._acceptances[k].clone()
+            found[prefix + "attempts"] = self._counts[0, k] + self._rounds[k]
+            found[prefix + "acceptances"] = self._counts[1, k].clone()
             if move.has_scale:
                 found[prefix + "scale"] = move.scale.detach().clone()
-                found[prefix + "adaptations"] = torch.tensor(self._adaptations[k])
+                found[prefix + "adaptations"] = torch.tensor(self._adaptation.steps[k])
         return found
 
     def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
@@ -400,17 +398,16 @@ class Metropolis:
         device = self._state.positions.device
         loaded = _loaded(self.target, state.to(device))
         self._holding = Holding(self.target, self._components, loaded)
-        self._state = loaded
+        self._state = loaded.replace(generator_state=None)
         self._generator.set_state(state.generator_state.cpu())
         for k, move in enumerate(self._components):
             prefix = f"{_MOVE}{move.name}."
-            # Counting goes on in place.
-            self._attempts[k] = values[prefix + "attempts"].to(device, copy=True)
-            self._acceptances[k] = values[prefix + "acceptances"].to(device, copy=True)
+            self._counts[0, k] = values[prefix + "attempts"].to(device)
+            self._counts[1, k] = values[prefix + "acceptances"].to(device)
             self._rounds[k] = 0
             if move.has_scale:
                 move.rescale(float(values[prefix + "scale"]))
-                self._adaptations[k] = int(values[prefix + "adaptations"])
+                self._adaptation.steps[k] = int(values[prefix + "adaptations"])
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict` to a NumPy ``.npz`` file of plain arrays."""

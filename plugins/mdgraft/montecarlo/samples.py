@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,55 @@ class Update:
     noise: Noise
     u: Tensor
     transition: Transition
+
+
+class StackedStates(Sequence[ChainState]):
+    """T states of a run in which nothing but positions and energies changes, each made when asked.
+
+    Parameters
+    ----------
+    before
+        The state before the run.
+    positions, energies
+        ``(T, C, N, 3)`` [nm] and ``(T, C)`` [kJ/mol].
+    stride
+        Steps from one state to the next.
+    """
+
+    def __init__(
+        self, before: ChainState, positions: Tensor, energies: Tensor, stride: int
+    ) -> None:
+        self._before, self._stride = before.replace(forces=None), stride
+        self._positions, self._energies = positions, energies
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> ChainState: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[ChainState]: ...
+
+    def __getitem__(self, index: int | slice) -> ChainState | list[ChainState]:
+        if isinstance(index, slice):
+            return [self[t] for t in range(len(self))[index]]
+        t = range(len(self))[index]
+        # Copies: a state may live longer than the run, and must not change with another.
+        return self._before.replace(
+            positions=_own(self._positions[t]),
+            energies=_own(self._energies[t]),
+            step=self._before.step + (t + 1) * self._stride,
+        )
+
+    def stacked(self, name: str) -> Tensor | None:
+        """An attribute of all states ``(T, C, ...)``, or None if they have none of that name."""
+        if name == "positions":
+            return _own(self._positions)
+        if name == "energies":
+            return _own(self._energies)
+        value: Tensor | None = getattr(self._before, name)
+        return None if value is None else value.expand(len(self), *value.shape).clone()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,20 +134,18 @@ class Samples:
     @property
     def positions(self) -> Tensor:
         """``(T, C, N, 3)`` [nm]."""
-        return self._guarded(torch.stack([s.positions for s in self.states]))
+        return self._guarded(self._all("positions"))
 
     @property
     def box(self) -> Tensor | None:
         """``(T, C, 3, 3)`` [nm], or None."""
-        boxes = [s.box for s in self.states if s.box is not None]
-        return self._guarded(torch.stack(boxes)) if boxes else None
+        boxes = self._stacked("box")
+        return None if boxes is None else self._guarded(boxes)
 
     @property
     def energies(self) -> Tensor:
         """Potential energies ``(T, C)`` [kJ/mol]."""
-        return self._guarded(
-            torch.stack([s.energies for s in self.states if s.energies is not None])
-        )
+        return self._guarded(self._all("energies"))
 
     @property
     def discrete(self) -> Mapping[str, Tensor]:
@@ -109,8 +156,7 @@ class Samples:
     @property
     def present(self) -> Tensor | None:
         """Which molecules are present ``(T, C, S)``, or None when their number is fixed."""
-        masks = [s.present for s in self.states if s.present is not None]
-        return torch.stack(masks) if masks else None
+        return self._stacked("present")
 
     @property
     def numbers(self) -> Tensor:
@@ -141,10 +187,10 @@ class Samples:
                 "frames: the number of molecules varies, which Frames cannot say; use positions, "
                 "present, numbers and energies"
             )
-        boxes = [s.box for s in self.states if s.box is not None]
+        boxes = self._stacked("box")
         return Frames(
-            positions=_by_chain(torch.stack([s.positions for s in self.states])),
-            box=_by_chain(torch.stack(boxes)) if boxes else None,
+            positions=_by_chain(self._all("positions")),
+            box=None if boxes is None else _by_chain(boxes),
             sampled=self.ensemble,
         )
 
@@ -182,16 +228,28 @@ class Samples:
             raise InvalidInputError(
                 "potential: the energy that was sampled is no Potential; pass the one that it is of"
             )
-        energies = torch.stack([s.energies for s in self.states if s.energies is not None])
         return Ensemble(
             chosen,
             self.frames(),
             temperature=self.target.temperature,
             pressure=self.target.pressure,
             gradient=gradient,
-            generating_energies=_by_chain(energies),
+            generating_energies=_by_chain(self._all("energies")),
             **options,
         )
+
+    def _stacked(self, name: str) -> Tensor | None:
+        """An attribute of all states ``(T, C, ...)``, or None if they have none of that name."""
+        if isinstance(self.states, StackedStates):
+            return self.states.stacked(name)
+        found = [value for s in self.states if (value := getattr(s, name)) is not None]
+        return torch.stack(found) if found else None
+
+    def _all(self, name: str) -> Tensor:
+        """One that every state has."""
+        found = self._stacked(name)
+        assert found is not None
+        return found
 
     def _guarded(self, tensor: Tensor) -> Tensor:
         if not self.leaves or not torch.is_grad_enabled():
@@ -199,6 +257,10 @@ class Samples:
         apply: Any = _Guard.apply
         guarded: Tensor = apply(tensor, *self.leaves)
         return guarded
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _by_chain(tensor: Tensor) -> Tensor:

@@ -140,9 +140,13 @@ class Tangents:
                 create_graph=True,
                 allow_unused=True,
             )
-            # What a host computes has no graph, which is not the same as no derivative.
+            # What a host computes has no graph, which is not the same as no derivative. Parts of a
+            # mixture that no chain has chosen have neither.
             cut = not result.proposed.positions.requires_grad or found[0] is None
-            if cut or any(gradient is None for gradient in found[1 + len(leaves) :]):
+            parts = move.components
+            chosen = {f"{parts[k].name}.scale" for k in set(result.component.tolist())}
+            by_scale = zip(scales, found[1 + len(leaves) :], strict=True)
+            if cut or any(g is None and name in chosen for name, g in by_scale):
                 raise UnsupportedDerivativeError(
                     f"sampler: the proposals of {update.move.name} have no graph"
                 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
+from mdgraft.montecarlo.moves._motion import Motion
 from mdgraft.montecarlo.moves.base import pick
 from mdgraft.montecarlo.state import ChainState
 
@@ -60,6 +61,17 @@ class Groups:
         if self._arrays is None:
             self._arrays = self.index.numpy(), self.mask.sum(dim=1).numpy()
         return self._arrays
+
+    def motion(self, kind: int, numbers: int, bonds: Tensor | None = None) -> Motion:
+        """One group at random moves."""
+        members = self.index[self.mask].numpy()
+        return Motion(
+            kind=kind,
+            numbers=1 + numbers,
+            members=members,
+            sizes=self.mask.sum(dim=1).numpy(),
+            bonds=None if bonds is None else bonds.numpy(),
+        )
 
     def __len__(self) -> int:
         return int(self.index.shape[0])

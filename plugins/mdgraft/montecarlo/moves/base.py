@@ -199,12 +199,31 @@ def uniform(state: ChainState, generator: torch.Generator, *shape: int) -> Tenso
 
 
 def normal(state: ChainState, generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal numbers for each chain, float64 ``(C, *shape)``."""
-    x = state.positions
-    made = torch.randn(
-        (x.shape[0], *shape), generator=generator, dtype=torch.float64, device=generator.device
+    """Standard normal numbers for each chain, float64 ``(C, *shape)``.
+
+    Each is made of one uniform number, so that those of many steps can be drawn at once.
+    """
+    made = torch.rand(
+        (state.n_chains, *shape),
+        generator=generator,
+        dtype=torch.float64,
+        device=generator.device,
     )
-    return made.to(x.device)
+    return normal_of(made).to(state.positions.device)
+
+
+def normal_of(u: Tensor, out: Tensor | None = None) -> Tensor:
+    """The normal numbers that uniform ones in [0, 1) are mapped to, by inversion.
+
+    Of k 2^-53, as generators give them, the middle of the interval to the next is mapped: it has a
+    finite image, and for each number there is its negative.
+    """
+    made = torch.add(_FIRST, u, alpha=2.0, out=out)
+    return made.erfinv_().mul_(math.sqrt(2.0))
+
+
+#: Where the middle of the first interval is if [0, 1) is stretched to [-1, 1), exactly.
+_FIRST = torch.tensor(2.0**-53 - 1.0, dtype=torch.float64)
 
 
 def pick(u: Tensor, allowed: Tensor) -> Tensor:

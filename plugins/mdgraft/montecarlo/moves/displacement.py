@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft.montecarlo.moves._molecules import shift
+from mdgraft.montecarlo.moves._motion import Motion
 from mdgraft.montecarlo.moves._rotations import loops
 from mdgraft.montecarlo.moves.base import (
     AbstractGaussianMove,
@@ -108,17 +109,14 @@ class Displacement(AbstractGaussianMove):
         """The scale."""
         return self.scale.to(state.positions)
 
-    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
-        """Proposed positions, by compiled loops."""
-        made, steps = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
-        particles = None if self.particles is None else self.particles.numpy()
+    def motion(self, state: ChainState) -> Motion:
+        """The same proposals by compiled loops."""
+        particles = self._movable(state).numpy()
+        n = len(particles)
         if self.together:
-            made[:, slice(None) if particles is None else particles] += steps
-            return made
-        n_movable = made.shape[1] if particles is None else len(particles)
-        which = loops().chosen(noise["which"].numpy(), n_movable)
-        loops().displace(made, which if particles is None else particles[which], steps)
-        return made
+            return Motion(loops().APART, numbers=3 * n, members=particles, sizes=np.array([n]))
+        sizes = np.ones(n, dtype=np.int64)
+        return Motion(loops().SHIFT, numbers=4, members=particles, sizes=sizes)
 
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,7 +59,9 @@ class Mixture(AbstractMove):
                 shares.append(weight)
         #: Probability of each component.
         self.probabilities: tuple[float, ...] = tuple(share / sum(weights) for share in shares)
-        self._bounds = torch.tensor(self.probabilities, dtype=torch.float64).cumsum(0)[:-1]
+        #: Probability of each component or one before it ``(K,)``, float64.
+        self.cumulative = torch.tensor(self.probabilities, dtype=torch.float64).cumsum(0)
+        self._bounds = self.cumulative[:-1]
 
     @property
     def components(self) -> tuple[AbstractMove, ...]:
@@ -89,21 +90,6 @@ class Mixture(AbstractMove):
             drawn = self._moves[k].draw(state, generator)
             noise |= {f"{k}.{name}": value for name, value in drawn.items()}
         return noise
-
-    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
-        """Proposed positions, where every move works on arrays."""
-        parts: list[Any] = self._moves
-        choice = self.choice(noise)
-        chosen = sorted(set(choice.tolist()))
-        if len(chosen) == 1:
-            only: np.ndarray = parts[chosen[0]].moved_arrays(positions, _of(noise, chosen[0], None))
-            return only
-        made = positions.copy()
-        for k in chosen:
-            (rows,) = (choice == k).nonzero(as_tuple=True)
-            mine = rows.numpy()
-            made[mine] = parts[k].moved_arrays(positions[mine], _of(noise, k, rows))
-        return made
 
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """The proposal of the move that each chain chose."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, shift
+from mdgraft.montecarlo.moves._motion import Motion
 from mdgraft.montecarlo.moves._rotations import compiled_rotations, loops, rotate
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
@@ -59,18 +59,9 @@ class Rotation(AbstractMove):
             "angle": normal(state, generator),
         }
 
-    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
-        """Proposed positions where every molecule is present, by compiled loops."""
-        which = loops().chosen(noise["which"].numpy(), len(self.molecules))
-        angles = float(self.scale.detach()) * noise["angle"].numpy()
-        return self._turned(positions, which, noise["axis"].numpy(), angles)
-
-    def _turned(
-        self, positions: np.ndarray, which: np.ndarray, axes: np.ndarray, angles: np.ndarray
-    ) -> np.ndarray:
-        made = positions.copy()
-        loops().turn_about_centres(made, which, *self.molecules.arrays, axes, angles)
-        return made
+    def motion(self, state: ChainState) -> Motion:
+        """The same proposals by compiled loops, where every molecule is present."""
+        return self.molecules.motion(loops().ABOUT_CENTRE, 4)
 
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one. Impossible without a molecule."""
@@ -78,9 +69,14 @@ class Rotation(AbstractMove):
         which, there = self.molecules.choose(state, noise["which"])
         angle = self.scale * noise["angle"] * there
         if compiled_rotations(x, angle):
-            axes = noise["axis"].numpy()
-            turned = self._turned(x.numpy(), which.numpy(), axes, angle.numpy())
-            moved = torch.from_numpy(turned)
+            moved = x.clone()
+            loops().turn_about_centres(
+                moved.numpy(),
+                which.numpy(),
+                *self.molecules.arrays,
+                noise["axis"].numpy(),
+                angle.numpy(),
+            )
         else:
             rows, arms = self.molecules.arms(x, which)
             moved = shift(x, rows, rotate(arms, noise["axis"].to(x), angle.to(x)) - arms)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft._errors import InvalidInputError
 from mdgraft.kernels.periodic import reciprocal
 from mdgraft.montecarlo.moves._molecules import Groups, gather, shift
+from mdgraft.montecarlo.moves._motion import Motion
 from mdgraft.montecarlo.moves._rotations import compiled_rotations, loops, rotate
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
@@ -124,23 +124,27 @@ class Torsion(AbstractMove):
         """Which bond, and the angle ``(C,)``."""
         return {"which": uniform(state, generator), "normal": normal(state, generator)}
 
-    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
-        """Proposed positions, by compiled loops."""
-        made, angles = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
-        which = loops().chosen(noise["which"].numpy(), len(self._moved))
-        rows, sizes = self._moved.arrays
-        loops().turn_about_bonds(made, which, rows, sizes, self.axes.numpy(), angles)
-        return made
+    def motion(self, state: ChainState) -> Motion:
+        """The same proposals by compiled loops."""
+        return self._moved.motion(loops().ABOUT_BOND, 1, self.axes)
 
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one."""
         x = state.positions
         angle = self.scale * noise["normal"]
+        n_bonds = len(self._moved)
+        # A product just below the number may round up to it.
+        which = (noise["which"] * n_bonds).long().clamp_(max=n_bonds - 1)
         if compiled_rotations(x, angle):
-            moved = torch.from_numpy(self.moved_arrays(x.numpy(), noise))
+            moved = x.clone()
+            loops().turn_about_bonds(
+                moved.numpy(),
+                which.numpy(),
+                *self._moved.arrays,
+                self.axes.numpy(),
+                angle.numpy(),
+            )
         else:
-            n_bonds = len(self._moved)
-            which = (noise["which"] * n_bonds).long().clamp_(max=n_bonds - 1)
             ends = gather(x, self.axes.to(x.device)[which])
             origin, axis = ends[:, :1], ends[:, 1] - ends[:, 0]
             rows, mask = self._moved.rows(which, x)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mdgraft.montecarlo.moves._molecules import Groups, MoleculesLike, shift
+from mdgraft.montecarlo.moves._motion import Motion
 from mdgraft.montecarlo.moves._rotations import loops
 from mdgraft.montecarlo.moves.base import AbstractMove, Noise, Proposal, normal, uniform
 from mdgraft.montecarlo.state import ChainState
@@ -46,12 +46,9 @@ class Translation(AbstractMove):
         """Which molecule, and the translation ``(C, 3)``."""
         return {"which": uniform(state, generator), "normal": normal(state, generator, 3)}
 
-    def moved_arrays(self, positions: np.ndarray, noise: Noise) -> np.ndarray:
-        """Proposed positions where every molecule is present, by compiled loops."""
-        made, steps = positions.copy(), float(self.scale.detach()) * noise["normal"].numpy()
-        which = loops().chosen(noise["which"].numpy(), len(self.molecules))
-        loops().shift(made, which, *self.molecules.arrays, steps)
-        return made
+    def motion(self, state: ChainState) -> Motion:
+        """The same proposals by compiled loops, where every molecule is present."""
+        return self.molecules.motion(loops().SHIFT, 3)
 
     def apply(self, state: ChainState, noise: Noise, target: Target) -> Proposal:
         """Symmetric: the ratio is one. Impossible without a molecule."""
