@@ -96,6 +96,11 @@ class CalculatorEngine:
 
     # Engine ------------------------------------------------------------------------------------
 
+    def energy(self, positions: np.ndarray, box: np.ndarray | None) -> float:
+        """Energy of one configuration ``(N, 3)``, ``(3, 3)``; nothing else is asked for."""
+        with self._lock, self._restored():
+            return self._energy(positions, box)
+
     def energies(self, arrays: Arrays) -> np.ndarray:
         """Energies ``(F,)``."""
         with self._lock:
