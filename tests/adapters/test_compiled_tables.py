@@ -1,13 +1,18 @@
 """Tabulated functions in compiled loops over pairs: against OpenMM, plain torch and each other."""
 
+import contextlib
+
 import mdgraft
 import numpy as np
 import openmm
 import pytest
 import torch
-from agreement import assert_kernels_agree
+from agreement import assert_kernels_agree, reference_context
+from mdgraft import InvalidInputError
 from mdgraft.ensembles import frame_derivatives
 from mdgraft.frames import Frames
+from mdgraft.kernels.fused import frame_pass
+from mdgraft.potentials.custom.compiled_pairs import MOST_ENTRIES
 
 N, KINDS = 216, 5
 BOX = np.array([[2.7, 0, 0], [0.4, 2.7, 0], [-0.3, 0.5, 2.7]])
@@ -81,6 +86,12 @@ def system_of(energy, method="CutoffPeriodic"):
     return system
 
 
+def reference_energy(system):
+    context = reference_context(system)
+    context.setPositions(positions().numpy())
+    return context.getState(energy=True).getPotentialEnergy()._value
+
+
 def grafted(energy, method="CutoffPeriodic", **options):
     potential = mdgraft.graft(system_of(energy, method), **options)
     term = potential.term("CustomNonbondedForce")
@@ -93,9 +104,7 @@ def grafted(energy, method="CutoffPeriodic", **options):
 def test_energies_are_those_of_openmm(energy, method):
     potential, box = grafted(ENERGIES[energy], method)
     system, x = system_of(ENERGIES[energy], method), positions()
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-    )
+    context = reference_context(system)
     context.setPositions(x.numpy())
     state = context.getState(energy=True, forces=True)
     y = x.clone().requires_grad_()
@@ -171,8 +180,12 @@ def test_frames_have_derivatives_of_their_own():
     torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_threads_and_repetitions_agree():
+def test_threads_and_repetitions_agree(monkeypatch):
     potential, box = grafted(ENERGIES["table in a table"])
+    # Few tiles, which would not be shared out otherwise.
+    monkeypatch.setattr(frame_pass, "_TILES_PER_THREAD", 20)
+    run, shares = frame_pass.run_chunks, []
+    monkeypatch.setattr(frame_pass, "run_chunks", lambda w, n: [shares.append(n), run(w, n)])
     before = torch.get_num_threads()
     found = []
     try:
@@ -183,6 +196,7 @@ def test_threads_and_repetitions_agree():
             found.append(torch.autograd.grad(potential(x, box), wanted))
     finally:
         torch.set_num_threads(before)
+    assert set(shares) == {1, 2}
     for a, b in ((found[0], found[1]), (found[1], found[2])):
         for s, t in zip(a, b, strict=True):
             torch.testing.assert_close(s, t, rtol=1e-10, atol=1e-10)
@@ -213,13 +227,101 @@ def test_in_sums_over_neighbours(method):
     term, x = potential.term("CustomGBForce"), positions()
     assert all(c is None or c.serve(x[None]) for c in term._compiled)
     box = torch.tensor(BOX) if potential.periodic else None
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-    )
-    context.setPositions(x.numpy())
-    energy = context.getState(energy=True).getPotentialEnergy()._value
-    assert potential(x, box).item() == pytest.approx(energy, rel=1e-9)
+    assert potential(x, box).item() == pytest.approx(reference_energy(system), rel=1e-9)
     assert_kernels_agree(potential, x, box, rtol=1e-10)
+
+
+@pytest.mark.parametrize("route", [contextlib.nullcontext, mdgraft.plain_kernels])
+def test_indices_are_rounded_as_by_openmm(route):
+    """Half-way cases, the numbers next to them, and what lies beyond the ends."""
+    half = ["0.5", "0.49999999999999994", "0.5000000000000001", "1.4999999999999998", "2.5"]
+    shifts = [*half, "3.5", *(f"-{h}" for h in half), "1e9", "-1e9"]
+    energy = "+".join(f"{k + 1}*few({shift}+0*type1)" for k, shift in enumerate(shifts))
+    energy += "+r*few(type1-0.5)*few(type2+0.49999999999999994)"
+    potential, box = grafted(energy)
+    with route():
+        value = potential(positions(), box).item()
+    assert value == pytest.approx(reference_energy(system_of(energy)), rel=1e-12)
+
+
+@pytest.mark.parametrize("route", [contextlib.nullcontext, mdgraft.plain_kernels])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("b", (24,)), ("b", (50,)), ("b", (5, 5)), ("curve", (3,))]
+)
+def test_tables_of_another_size_are_refused(route, name, shape):
+    potential, box = grafted("b(type1, type2)*curve(r)")
+    values = {f"CustomNonbondedForce.{name}": torch.ones(shape, dtype=torch.float64)}
+    with route(), pytest.raises(InvalidInputError, match=f"{name}: got values of shape"):
+        torch.func.functional_call(potential, values, (positions(), box))
+
+
+def test_quantities_of_another_size_are_refused():
+    potential, box = grafted("few(q1)*few(q2)*r")
+    values = {"CustomNonbondedForce.q": torch.ones(N - 1, dtype=torch.float64)}
+    with pytest.raises(InvalidInputError, match=rf"q: got values of shape .*the {N} particles"):
+        torch.func.functional_call(potential, values, (positions(), box))
+
+
+def test_tables_may_be_views_of_any_kind():
+    potential, box = grafted("b(type1, type2)*curve(r)")
+    table = potential.get_parameter("CustomNonbondedForce.b").detach()
+    expected = potential(positions(), box).item()
+    views = {
+        "negative": torch.complex(table, -table).conj().imag,
+        "strided": torch.stack([table, table], dim=1)[:, 0],
+        "single precision": table.float(),
+    }
+    assert views["negative"].is_neg() and not views["strided"].is_contiguous()
+    for kind, view in views.items():
+        values = {"CustomNonbondedForce.b": view}
+        found = torch.func.functional_call(potential, values, (positions(), box)).item()
+        assert found == pytest.approx(expected, rel=1e-6 if kind == "single precision" else 1e-14)
+
+
+def test_frames_and_tables_may_be_mapped():
+    """Tables of their own for each frame, and second derivatives in them."""
+    potential, box = grafted(ENERGIES["table in a table"])
+    fixed = {name: p.detach() for name, p in potential.named_parameters()}
+    x = torch.stack([positions(seed) for seed in range(3)])
+    name = "CustomNonbondedForce.curve"
+    tables = fixed[name] + torch.randn(3, 14, generator=torch.Generator().manual_seed(2))
+
+    def energy(y, table):
+        return torch.func.functional_call(potential, {**fixed, name: table}, (y, box)) / N
+
+    def derivatives():
+        slopes = torch.func.vmap(torch.func.grad(energy, argnums=1))(x, tables)
+        curvature = torch.func.hessian(lambda t: energy(x[0], t) ** 2)(tables[0])
+        return slopes, curvature
+
+    found = derivatives()
+    with mdgraft.plain_kernels():
+        expected = derivatives()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_tables_that_outweigh_the_pairs_are_left_to_torch():
+    system, force = openmm.System(), openmm.CustomNonbondedForce("t(kind1, kind2)*exp(-r)")
+    force.addPerParticleParameter("kind")
+    n = int((MOST_ENTRIES * N) ** 0.5) + 1
+    entries = np.random.default_rng(3).normal(size=n * n)
+    force.addTabulatedFunction("t", openmm.Discrete2DFunction(n, n, entries))
+    for i in range(N):
+        system.addParticle(1.0)
+        force.addParticle([i * (n - 1) // (N - 1)])
+    system.addForce(force)
+    potential = mdgraft.graft(system)
+    assert not potential.term("CustomNonbondedForce")._compiled.serve(positions()[None])
+    assert potential(positions()).item() == pytest.approx(reference_energy(system), rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "served"), [(3, True), (30, False)])
+def test_what_takes_long_to_compile_is_left_to_torch(n, served):
+    energy = "+".join(f"surface({1 + k / n}*r, q1*q2)" for k in range(n))
+    potential = mdgraft.graft(system_of(energy))
+    assert potential.term("CustomNonbondedForce")._compiled.serve(positions()[None]) is served
+    value = potential(positions(), torch.tensor(BOX)).item()
+    assert value == pytest.approx(reference_energy(system_of(energy)), rel=1e-9)
 
 
 def test_three_axes_of_a_spline_are_left_to_torch():

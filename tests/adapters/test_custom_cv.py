@@ -1,5 +1,7 @@
 """CustomCVForce and ATMForce: forces inside forces."""
 
+import copy
+
 import mdgraft
 import mdgraft_openmm
 import numpy as np
@@ -212,3 +214,21 @@ def test_a_variable_without_a_native_form():
     torch.testing.assert_close(energy, 0.5 * (x**2).sum() ** 2)
     (gradient,) = torch.autograd.grad(energy, x)
     torch.testing.assert_close(gradient, 2 * (x**2).sum().detach() * x.detach())
+
+
+@pytest.mark.parametrize("name", ["energy", "units", "kind", "training", "global_names", "type"])
+def test_variables_may_be_called_like_what_terms_keep(name):
+    force = openmm.CustomCVForce(f"{name}^2")
+    bond = openmm.HarmonicBondForce()
+    bond.addBond(0, 1, 0.1, 10.0)
+    force.addCollectiveVariable(name, bond)
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(1.0)
+    system.addForce(force)
+    potential = mdgraft.graft(system)
+    assert f"CustomCVForce.{name}.k" in dict(potential.named_parameters())
+    assert isinstance(potential.get_parameter(f"CustomCVForce.{name}.k"), torch.nn.Parameter)
+    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.3, 0.0]], dtype=torch.float64)
+    assert potential(x).item() == pytest.approx(0.2**2)
+    assert copy.deepcopy(potential)(x).item() == pytest.approx(0.2**2)

@@ -610,6 +610,7 @@ LAYOUTS = {
     "negated": lambda x: torch._neg_view(2 * x.detach()),
     "strided": lambda x: torch.stack((-2 * x.detach(), x.detach()), dim=-1)[..., 0],
     "single precision": lambda x: (-2 * x.detach()).float(),
+    "sparse": lambda x: (-2 * x.detach()).to_sparse(),
 }
 
 

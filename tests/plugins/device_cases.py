@@ -12,6 +12,7 @@ import pytest
 import torch
 from mdgraft.kernels.device.programs import interpreted
 from mdgraft.kernels.switch import compiled_from, emulated_device, on_device
+from mdgraft.lepton import ContinuousTable, DiscreteTable
 from mdgraft.potentials.bonded import HarmonicAngle, HarmonicBond, PeriodicTorsion, RBTorsion
 from mdgraft.potentials.custom.bonds import CustomBonded
 from mdgraft.potentials.custom.external import CustomExternal
@@ -97,10 +98,17 @@ def nonbonded(method, *, switched=False, offsets=False):
     )
 
 
-def custom_pairs(expression, method=Method.CUTOFF_PERIODIC):
+def custom_pairs(expression, method=Method.CUTOFF_PERIODIC, *, groups=()):
+    kinds = torch.arange(N).double() % 3
+    entries = torch.linspace(0.3, 1.7, 9).double().sin()
     return CustomNonbonded(
         expression,
-        {"a": column(0.3, 1.2), "b": column(0.3, 1.2, seed=1)},
+        {"a": column(0.3, 1.2), "b": column(0.3, 1.2, seed=1), "type": kinds},
+        tables={
+            "matrix": (DiscreteTable((3, 3)), entries),
+            "curve": (ContinuousTable((9,), ((0.1, 0.5),)), entries.flip(0)),
+        },
+        groups=[tuple(np.array(part) for part in group) for group in groups],
         n_particles=N,
         exclusions=torch.tensor([[0, 1], [7, 3]]),
         method=method,
@@ -110,16 +118,17 @@ def custom_pairs(expression, method=Method.CUTOFF_PERIODIC):
     )
 
 
-def custom_gb():
+def custom_gb(factor="1"):
     single, pair, every = Computation
     values = (
-        ("u", "a1*b2^2*exp(-k*r)", every),
+        ("u", f"a1*b2^2*exp(-k*r)*{factor}", every),
         ("v", "u1*u2/(1+r^2)+sin(u2)*a1", pair),
         ("w", "v*a+x*u-y^2+l", single),
     )
-    terms = (("w*z+v", single), ("u1*w2*r+a2*v1^2", pair))
+    terms = (("w*z+v", single), (f"u1*w2*r+a2*v1^2*{factor}", pair))
     return CustomGB(
         {"a": column(0.3, 1.2), "b": column(0.3, 1.2, seed=1)},
+        tables={"rows": (DiscreteTable((5,)), torch.linspace(0.4, 1.2, 5).double())},
         n_particles=N,
         computed_values=[Step(name=n, expression=e, computation=c) for n, e, c in values],
         energy_terms=[Step(expression=e, computation=c) for e, c in terms],
@@ -167,9 +176,15 @@ PAIRS = {
     "LJPME": lambda: nonbonded(Method.LJPME),
     "symmetric": lambda: custom_pairs("k*(a1+a2)*exp(-r*b1*b2)/r"),
     "ordered": lambda: custom_pairs("a1*exp(-r/b2)+l*erfc(k*r)", Method.CUTOFF_NON_PERIODIC),
+    "tables": lambda: custom_pairs("matrix(type1, type2)*r+a1*a2*curve(r)*matrix(1, type2)"),
+    "groups": lambda: custom_pairs("a1*exp(-r/b2)", groups=[([0, 5, 9], range(N)), ([3], [5, 9])]),
+    "groups, symmetric": lambda: custom_pairs(
+        "(a1+a2)*r*curve(r)", Method.CUTOFF_NON_PERIODIC, groups=[(range(8), range(4, N))]
+    ),
     "OBC": obc,
     "OBC, periodic": lambda: obc(0.45),
     "custom GB": custom_gb,
+    "custom GB, tables": lambda: custom_gb("rows(4*b2)*rows(3*a1)"),
 }
 ITEMS = {
     "bonds": lambda: HarmonicBond(rows(2), nine(0.3, 0.5), nine(10, 90), periodic=True),

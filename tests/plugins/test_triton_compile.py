@@ -27,18 +27,21 @@ from triton.compiler import ASTSource
 from mdgraft.kernels.device import item_program, mesh_programs, pair_program, programs
 from mdgraft.kernels.fused.functions import _FUNCTIONS, _OF_ANGLES
 from mdgraft.kernels.fused.geometry import dot
+from mdgraft.kernels.fused.lepton import describe
 from mdgraft.kernels.fused.tiles import Task
 from mdgraft.kernels.fused.tuples import TupleFormula
+from mdgraft.lepton import ContinuousTable, DiscreteTable, Expression
 from mdgraft.potentials.bonded_formulas import PERIODIC_TORSION
+from mdgraft.potentials.custom.pair_formula import expression_formula
 from mdgraft.potentials.nonbonded_formula import nonbonded_formula
 from mdgraft.potentials.obc_formulas import DESCREENING, SOLVATION
 
-FIRST = Task(positions=True, particle=True, shared=True)
-SECOND = Task(positions=True, particle=True, shared=True, second=True)
+FIRST = Task(positions=True, particle=True, shared=True, tables=True)
+SECOND = Task(positions=True, particle=True, shared=True, tables=True, second=True)
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INTEGERS = dict(rows="*i32", segments="*i64", image="*i32", columns="*i32", mask="*i32")
 INTEGERS |= dict(masks="*i32", particles="*i32", starts="*i64", entries="*i64", meshes="*i64")
-DOUBLES = {"images", "sums", "reciprocals", "turns", "scales"}
+DOUBLES = {"images", "sums", "totals", "reciprocals", "turns", "scales"}
 DOUBLES |= {"waves", "shares", "pairs", "factors", "decay"}
 
 
@@ -94,10 +97,30 @@ ewald = nonbonded_formula(
 ljpme = nonbonded_formula(
     electrostatics="ewald", switched=False, dispersion=True, degree=None, dispersion_degree=None
 )
+tables = {"a": DiscreteTable((27, 27)), "c": ContinuousTable((300,), ((0.1, 1.2),))}
+looked_up = describe(
+    Expression(
+        "a(t1, t2)/r^12-c(r)*a(t2, t1)",
+        variables={"r", "t1", "t2"},
+        functions={name: table.arguments for name, table in tables.items()},
+        where="energy",
+    ).program,
+    {"r": "r", "t1": "0_1", "t2": "0_2"},
+    tables,
+)
+by_type = expression_formula(
+    looked_up,
+    n_particle=1,
+    n_shared=0,
+    ordered="higher",
+    switched=True,
+    sizes=(27**2, 300, 300),
+    n_kinds=3,
+)
 for double, second in itertools.product((False, True), repeat=2):
     name = f"{'double' if double else 'single'} {'second' if second else 'first'}"
     task = SECOND if second else FIRST
-    for label, formula in dict(ewald=ewald, ljpme=ljpme, gb=SOLVATION).items():
+    for label, formula in dict(ewald=ewald, ljpme=ljpme, gb=SOLVATION, tables=by_type).items():
         function, warps = pairs(formula, task, double)
         show(f"{label} {name}", compiled(function, double, warps, arch))
     text = item_program.item_program(PERIODIC_TORSION, task, double, True).text
@@ -131,7 +154,7 @@ def test_programs_compile_and_fit_into_registers(architecture, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     usage = dict(line.split("\t", 1) for line in done.stdout.splitlines())
-    assert len(usage) == 34
+    assert len(usage) == 38
     for label in ("ewald single first", "ewald single second", "torsions single first"):
         registers, stack = usage[label].split("\t")
         # What spills has taken all 255 registers. Some versions of Triton reduce huge angles in an

@@ -37,7 +37,7 @@ def test_all_derivatives_up_to_the_second(name):
 @pytest.mark.parametrize(
     "name",
     ["cutoff", "PME, offsets", "LJPME", "symmetric", "OBC, periodic", "custom GB", "torsions"]
-    + ["powers", "torsion", "external"],
+    + ["powers", "torsion", "external", "tables", "groups", "custom GB, tables"],
 )
 def test_single_precision(name):
     """Against the plain form in double precision."""
@@ -45,7 +45,11 @@ def test_single_precision(name):
     assert_same(found(term.float(), dtype=torch.float32), expected(term.double()), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["PME, offsets", "OBC", "custom GB", "angles", "powers"])
+@pytest.mark.parametrize(
+    "name",
+    ["PME, offsets", "OBC", "custom GB", "angles", "powers", "tables", "groups"]
+    + ["custom GB, tables"],
+)
 def test_batches_of_frames(name):
     term = ALL[name]()
     assert_same(found(term, 3), expected(term, 3), 1e-10)

@@ -218,13 +218,13 @@ class Evaluator:
         if not function.defaults:
             energy, forces = function(x, h, {})
             if forces is not None:
-                return energy, None, forces.detach(), ()
+                return energy, None, _dense(forces.detach()), ()
             return energy, _gradients(energy, [x])[0], None, ()
         scalars = {name: self._tensor(np.array(values[name])) for name in function.defaults}
         wanted = [scalars[name].requires_grad_() for name in slopes]
         energy, forces = function(x, h, scalars)
         if forces is not None:
-            return energy, None, forces.detach(), _gradients(energy, wanted)
+            return energy, None, _dense(forces.detach()), _gradients(energy, wanted)
         gradient, *found = _gradients(energy, [x, *wanted])
         return energy, gradient, None, found
 
@@ -261,9 +261,12 @@ def _gradients(energy: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(t) for t in inputs]
     found = torch.autograd.grad(energy, inputs, allow_unused=True)
     return [
-        torch.zeros_like(t) if g is None else g.to_dense() if g.is_sparse else g
-        for g, t in zip(found, inputs, strict=True)
+        torch.zeros_like(t) if g is None else _dense(g) for g, t in zip(found, inputs, strict=True)
     ]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _finite(slope: Tensor) -> float:

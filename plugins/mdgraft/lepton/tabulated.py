@@ -88,9 +88,10 @@ class DiscreteTable(TabulatedFunction):
         position: Tensor | int = 0
         stride = 1
         for size, argument in zip(self.sizes, arguments, strict=True):
-            x = torch.nan_to_num(argument.detach())
-            # Half-way cases go away from zero, as in C.
-            index = (torch.floor(x.abs() + 0.5) * torch.sign(x)).clamp(0, size - 1).long()
+            x = torch.nan_to_num(argument.detach()).clamp(min=0)
+            below = torch.floor(x)
+            # Half-way cases go up, as in C; x + 0.5 could be rounded up to the next number.
+            index = (below + (x - below >= 0.5)).clamp(max=size - 1).long()
             position = position + stride * index
             stride *= size
         return entries[position]

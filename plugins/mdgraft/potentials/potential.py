@@ -283,6 +283,16 @@ class Potential(nn.Module):
                 return tensor
         return torch.empty(0, dtype=torch.float64)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by the name that `named_parameters` gives it."""
+        *owners, name = target.split(".")
+        found: nn.Module | None = self
+        for owner in owners:
+            # A term may have something else of that name.
+            found = None if found is None else found._modules.get(owner)
+        parameter = None if found is None else found._parameters.get(name)
+        return super().get_parameter(target) if parameter is None else parameter
+
     def values(self, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every parameter by name as the terms see it, with ties applied.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,13 @@ class Ties(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._members: dict[str, tuple[str, ...]] = {}
-        #: Identities of the buffers that entries were joined from, these buffers, the result.
+        #: Identities of the buffers that entries were joined from, and sizes of parameters; these
+        #: buffers; the result.
         self._known: tuple[list[tuple[int, int]], list[Tensor], dict[str, _Tied]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Identities belong to this process and to these tensors.
+        return self.__dict__ | {"_known": None}
 
     def add(self, label: str, value: Tensor, members: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a tie.
@@ -107,6 +112,8 @@ class Ties(nn.Module):
         """What ties make of each parameter, all together: there may be many ties."""
         buffers = [b for b in self._buffers.values() if b is not None]
         present = [(id(b), 0 if b.is_inference() else b._version) for b in buffers]
+        # A call may replace a parameter by one of another size.
+        present += [(0, values[n].numel()) for names in self._members.values() for n in names]
         if self._known is None or self._known[0] != present:
             parts: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
             for number, (label, names) in enumerate(self._members.items()):

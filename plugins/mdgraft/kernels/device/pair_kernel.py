@@ -23,6 +23,7 @@ from mdgraft.kernels.device.pair_program import PairProgram, pair_program
 from mdgraft.kernels.device.recording import NotRecordableError, recorder
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.pair_kernel import SKIN
+from mdgraft.kernels.fused.thinning import Kinds
 from mdgraft.kernels.fused.tiles import PairFormula, Task
 from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.pairs import require_room
@@ -82,7 +83,8 @@ class _Known:
 class DevicePairKernel:
     """A kernel, see `mdgraft.kernels.kernel.Kernel`, of one pair formula.
 
-    Inputs and parameters are those of `mdgraft.kernels.fused.pair_kernel.PairKernel`.
+    Inputs and parameters are those of `mdgraft.kernels.fused.pair_kernel.PairKernel`. Lists hold
+    particles of all kinds, whether they interact or not.
     """
 
     fused = True
@@ -96,6 +98,7 @@ class DevicePairKernel:
         constants: Mapping[str, float],
         table: Table | None = None,
         reference: Callable[..., Tensor] | None,
+        kinds: Kinds | None = None,
     ) -> None:
         self.formula = formula
         self.framed = tuple(
@@ -134,11 +137,13 @@ class DevicePairKernel:
         return self._run(inputs, self._task(wanted, second=True), directions, wanted)[1]
 
     def _task(self, wanted: Sequence[bool], *, second: bool) -> Task:
-        n = len(self.formula.particle)
+        first = 2 + len(self.formula.particle)
+        end = first + len(self.formula.shared)
         return Task(
             positions=wanted[0] or wanted[1],
-            particle=any(wanted[2 : 2 + n]),
-            shared=any(wanted[2 + n :]),
+            particle=any(wanted[2:first]),
+            shared=any(wanted[first:end]),
+            tables=any(wanted[end:]),
             second=second,
         )
 
@@ -219,6 +224,7 @@ class DevicePairKernel:
             turns = positions.new_zeros(n_frames, 1, 3)
         out = positions.new_empty(n_rows, program.n_outputs, SIZE)
         sums = positions.new_zeros(n_rows, program.n_sums + 9, dtype=torch.float64)
+        totals = positions.new_zeros(n_frames, program.n_entries, dtype=torch.float64)
         columns = torch.cat(data, dim=-1).reshape(n_rows, SIZE, -1)
         program.start(
             n_rows,
@@ -226,11 +232,12 @@ class DevicePairKernel:
             *(clusters.columns, clusters.offsets, clusters.mask, clusters.masks),
             *(self._numbers(program, inputs, directions), turns.contiguous()),
             *(columns.transpose(1, 2).contiguous(), out, sums),
-            # Directions of shared quantities differ between frames.
-            clusters.n_clusters if task.second else n_rows,
+            totals if program.n_entries else sums,
+            # Directions of shared quantities differ between frames, and so do totals.
+            clusters.n_clusters if task.second or self.formula.tables else n_rows,
             len(clusters.images),
         )
-        return self._collected(program, task, clusters, out, sums, inputs, wanted)
+        return self._collected(program, task, clusters, out, sums, totals, inputs, wanted)
 
     def _collected(
         self,
@@ -239,6 +246,7 @@ class DevicePairKernel:
         clusters: ClusterList,
         out: Tensor,
         sums: Tensor,
+        totals: Tensor,
         inputs: Inputs,
         wanted: Sequence[bool],
     ) -> tuple[Tensor, PerFrame]:
@@ -271,7 +279,11 @@ class DevicePairKernel:
         energies = total[:, 0].to(positions.dtype, copy=True)
         if task.shared:
             shared = total[:, 0 if task.second else 1 : n].to(positions.dtype)
-            available[2 + m :] = shared.unbind(-1)
+            available[2 + m : 2 + m + shared.shape[1]] = shared.unbind(-1)
+        if task.tables:
+            sizes = [size for _, size in self.formula.tables]
+            entries = (0.5 * totals).to(positions.dtype)
+            available[len(inputs) - len(sizes) :] = torch.split(entries, sizes, -1)
         return energies, [a if on else None for a, on in zip(available, wanted, strict=True)]
 
     # What programs read -----------------------------------------------------------------------
@@ -298,13 +310,21 @@ class DevicePairKernel:
         self, program: PairProgram, inputs: Inputs, directions: Sequence[Tensor | None] | None
     ) -> Tensor:
         """What all pairs share ``(1 or F, per)``, in the order of the program."""
-        positions, m = inputs[0], len(self.formula.particle)
-        n = 1 if directions is None else positions.shape[0]
+        positions, tables = inputs[0], self.formula.tables
+        first = 2 + len(self.formula.particle)
+        end = first + len(self.formula.shared)
+        n = positions.shape[0] if tables or directions is not None else 1
         fixed = self._constants.numbers(program.series, positions)
         numbers = shared_numbers(
-            inputs[2 + m :], None if directions is None else directions[2 + m :], fixed, n
+            inputs[first:end], None if directions is None else directions[first:end], fixed, n
         )
-        return torch.nn.functional.pad(numbers, (1, 0), value=self.cutoff**2)
+        parts = [torch.nn.functional.pad(numbers, (1, 0), value=self.cutoff**2)]
+        parts += [table.to(positions).expand(n, -1) for table in inputs[end:]]
+        for (_, size), move in zip(
+            tables, () if directions is None else directions[end:], strict=False
+        ):
+            parts.append(positions.new_zeros(n, size) if move is None else move.to(positions))
+        return torch.cat(parts, dim=1) if tables else parts[0]
 
     # Lists ------------------------------------------------------------------------------------
 

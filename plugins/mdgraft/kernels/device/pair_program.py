@@ -1,7 +1,8 @@
 """The program over pairs: one cluster of particles with all clusters near it.
 
 Every pair is computed from both sides, so that a program adds to its own particles only: no atomic
-operations, and the same sums in the same order every time.
+operations, and the same sums in the same order every time. Derivatives in entries of tables are the
+exception.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ class PairProgram:
     text
         Its source. ``rows`` to ``masks`` are those of `clusters.ClusterList`. ``numbers`` ``(n,
         per)``: the squared cutoff, shared quantities, their directions if the program is of second
-        order, constants, then for each series a factor, a shift and coefficients; each row of them
-        is for ``n_rows`` rows of tiles. ``turns`` ``(frames, images, 3)``: what images add to the
-        direction of positions. ``data`` ``(rows, n_inputs, SIZE)``, ``out`` ``(rows, n_outputs,
-        SIZE)`` and ``sums`` ``(rows, n_sums + 9)`` float64, of which the last are derivatives in
-        the box by what images add.
+        order, constants, for each series a factor, a shift and coefficients, then tables and their
+        directions; each row of them is for ``n_rows`` rows of tiles. ``turns`` ``(frames, images,
+        3)``: what images add to the direction of positions. ``data`` ``(rows, n_inputs, SIZE)``,
+        ``out`` ``(rows, n_outputs, SIZE)`` and ``sums`` ``(rows, n_sums + 9)`` float64, of which
+        the last are derivatives in the box by what images add. ``totals`` ``(n, n_entries)``
+        float64, zeros to begin with.
     n_inputs, n_outputs, n_sums
         Numbers that each particle brings and gets, and sums over all pairs: the energy first,
         unless the program is of second order, then derivatives in shared quantities.
+    n_entries
+        Entries of tables in which derivatives are taken.
     series
         Functions whose coefficients the numbers must hold, in this order.
     warps
@@ -48,6 +52,7 @@ class PairProgram:
     n_inputs: int
     n_outputs: int
     n_sums: int
+    n_entries: int
     series: tuple[Series, ...]
     warps: int
 
@@ -60,7 +65,7 @@ class PairProgram:
 #: Arguments by name; pointers but for the last two.
 ARGUMENTS = (
     *("rows", "segments", "image", "images", "columns", "offsets", "mask", "masks"),
-    *("numbers", "turns", "data", "out", "sums", "n_rows", "n_images"),
+    *("numbers", "turns", "data", "out", "sums", "totals", "n_rows", "n_images"),
 )
 
 
@@ -77,13 +82,18 @@ class _PairWriter:
         energy = () if self.formulas.energy is None else (self.formulas.energy,)
         self.sums: tuple[Node, ...] = (*energy, *self.formulas.shared)
         self.roots = [*self.sums, *self.formulas.slopes, *self.formulas.first]
-        found = (node.payload for node in topological(self.roots) if self.roots)
+        looked_up = self.formulas.looked_up
+        #: Derivatives in entries of tables, and where these are.
+        self.entries = [*self.formulas.entries, *(node.arguments[0] for node in looked_up)]
+        self.n_entries = sum(size for _, size in formula.tables) if task.tables else 0
+        everything = [*self.roots, *self.entries]
+        found = (node.payload for node in topological(everything) if everything)
         self.series = tuple(dict.fromkeys(p for p in found if isinstance(p, Series)))
         self.inputs = ["x", "y", "z", *formula.particle]
         if task.second:
             self.inputs += [f"d{name}" for name in self.inputs]
         self.writer = Writer(double=double, shape="[1, 1]")
-        self.emitter = TextEmitter(self.writer, self._coefficients)
+        self.emitter = TextEmitter(self.writer, self._coefficients, self._lookup)
 
     def written(self) -> PairProgram:
         writer = self.writer
@@ -113,7 +123,9 @@ class _PairWriter:
         head = '@triton.jit(do_not_specialize=["n_rows", "n_images"])\ndef pairs('
         text = "\n".join([head + ", ".join(ARGUMENTS) + "):", *writer.lines, ""])
         warps = 2 * _WARPS if self.task.second and writer.double else _WARPS
-        return PairProgram(text, n_inputs, self.n_outputs, n_sums, self.series, warps)
+        return PairProgram(
+            text, n_inputs, self.n_outputs, n_sums, self.n_entries, self.series, warps
+        )
 
     def _load_numbers(self) -> None:
         formula, writer = self.formula, self.writer
@@ -122,18 +134,43 @@ class _PairWriter:
             names += [f"d{name}" for name in formula.shared]
         names += formula.constants
         size = len(names) + sum(series.degree + 3 for series in self.series)
+        self.tables: dict[str, int] = {}
+        for prefix in ("", "d") if self.task.second else ("",):
+            for name, n in formula.tables:
+                self.tables[f"{prefix}{name}"] = size
+                size += n
         writer.line(f"given = numbers + frame * {size}")
         self.common = {n: writer.loaded(f"given + {k}") for k, n in enumerate(names)}
-        self.tables: dict[Series, list[Name]] = {}
+        self.coefficients: dict[Series, list[Name]] = {}
         place = len(names)
         for series in self.series:
-            n = series.degree + 3
-            self.tables[series] = [writer.loaded(f"given + {k}") for k in range(place, place + n)]
-            place += n
+            places = range(place, place + series.degree + 3)
+            self.coefficients[series] = [writer.loaded(f"given + {k}") for k in places]
+            place = places.stop
 
     def _coefficients(self, series: Series) -> tuple[Sequence[Name], Name, Name]:
-        factor, shift, *coefficients = self.tables[series]
+        factor, shift, *coefficients = self.coefficients[series]
         return coefficients, factor, shift
+
+    def _lookup(self, table: str, index: Name) -> Name:
+        place = f"given + {self.tables[table]} + {index}.to(tl.int32)"
+        return self.writer.new(f"tl.load({place})")
+
+    def _scatter(self, within: Name, results: Sequence[Name]) -> None:
+        """Add derivatives in entries of tables."""
+        nodes, first = self.formulas.looked_up, 0
+        places = {}
+        for name, size in self.formula.tables:
+            places[name] = first
+            first += size
+        for node, slope, index in zip(
+            nodes, results[: len(nodes)], results[len(nodes) :], strict=True
+        ):
+            place = f"frame * {self.n_entries} + {places[str(node.payload)]}"
+            # In the shape of all pairs.
+            whole = f"tl.where({within}, {index}, 0.0).to(tl.int32)"
+            part = f"tl.where({within}, {slope}, 0.0).to(tl.float64)"
+            self.writer.line(f"tl.atomic_add(totals + {place} + {whole}, {part}, mask={within})")
 
     def _segment(self) -> None:
         """Tiles of which all columns have the same image."""
@@ -182,5 +219,9 @@ class _PairWriter:
         within = writer.new(f"({square} < {self.common['cutoff_squared']}) & {free}")
         # What does not count must not divide by zero either.
         values["u"] = writer.new(f"tl.where({within}, {square}, 1.0)")
-        for k, result in enumerate(self.emitter.formulas(self.roots, values)):
+        n = len(self.roots)
+        results = self.emitter.formulas([*self.roots, *self.entries], values)
+        for k, result in enumerate(results[:n]):
             writer.line(f"all{k} += tl.where({within}, {result}, 0.0)")
+        if self.entries:
+            self._scatter(within, results[n:])

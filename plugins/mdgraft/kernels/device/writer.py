@@ -211,15 +211,19 @@ class TextEmitter:
     coefficients
         For a `Series` its coefficients, lowest power first, and the factor and shift that map its
         argument to the polynomial's.
+    lookup
+        For the name of a table and indices the entries there; None without tables.
     """
 
     def __init__(
         self,
         writer: Writer,
         coefficients: Callable[[Series], tuple[Sequence[Name], Name, Name]],
+        lookup: Callable[[str, Name], Name] | None = None,
     ) -> None:
         self.writer = writer
         self._coefficients = coefficients
+        self._lookup = lookup
         self.shared: dict[Any, Any] = {}
 
     @property
@@ -273,6 +277,9 @@ class TextEmitter:
             return writer.select(*arguments)
         if operation in _UNARY:
             return writer.new(f"{_UNARY[operation]}({arguments[0]})")
+        if operation == "lookup":
+            assert self._lookup is not None
+            return self._lookup(str(node.payload), *arguments)
         if operation == "series":
             assert isinstance(node.payload, Series)
             return self._series(node.payload, arguments[0])

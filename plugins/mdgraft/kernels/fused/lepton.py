@@ -263,10 +263,12 @@ def _looked_up(graph: Graph, table: _Table, arguments: Sequence[Node]) -> Node:
     """The value of a tabulated function, as `TabulatedFunction.at` has it."""
     function, sizes = table.function, table.function.sizes
     if isinstance(function, DiscreteTable):
-        nearest = [
-            _within(graph, graph.still(x) + 0.5, size - 1)
-            for x, size in zip(arguments, sizes, strict=True)
-        ]
+        nearest = []
+        for x, size in zip(map(graph.still, arguments), sizes, strict=True):
+            # Half-way cases go up; x + 0.5 could be rounded up to the next number.
+            below = graph.apply("floor", x)
+            up = graph.select(x - below >= 0.5, 1.0, 0.0)
+            nearest.append(_within(graph, below + up, size - 1))
         return graph.lookup(f"table{table.first}", _place(nearest, sizes))
     assert isinstance(function, ContinuousTable)
     outside: list[Node] = []

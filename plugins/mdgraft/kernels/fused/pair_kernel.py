@@ -176,6 +176,8 @@ class PairKernel:
             moves = [torch.zeros_like(t) if d is None else d for d, t in pairs]
             moving = self._quantities(moves, n_frames, n_particles, dtype)
         places, cells = positions.double().numpy(), box.double().numpy()
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        numbers: np.ndarray | None = None
         for f in range(n_frames):
             cell = cells[f] if periodic else None
             if cell is not None:
@@ -200,9 +202,9 @@ class PairKernel:
                         particle=moving[f],
                     )
                 )
-            numbers = self._numbers(loop, inputs, directions, f, places.dtype)
-            kind = np.float64 if dtype == torch.float64 else np.float32
-            sums[f], change = frame_pass(loop, tiles, layers, numbers.astype(kind), found)
+            if numbers is None or directions is not None:
+                numbers = self._numbers(loop, inputs, directions, f).astype(kind, copy=False)
+            sums[f], change = frame_pass(loop, tiles, layers, numbers, found)
             if periodic:
                 strains[f] = torch.from_numpy(change)
         energies = positions.new_zeros(n_frames) if task.second else torch.from_numpy(sums[:, 0])
@@ -235,9 +237,8 @@ class PairKernel:
         inputs: Sequence[Tensor],
         directions: Sequence[Tensor | None] | None,
         f: int,
-        kind: np.dtype,
     ) -> np.ndarray:
-        """What all pairs share, in the order of the loop."""
+        """What all pairs share, in the order of the loop; without directions, in all frames."""
         first = 2 + len(self.formula.particle)
         end = first + len(self.formula.shared)
         numbers = [self.cutoff**2, *(float(s) for s in inputs[first:end])]
@@ -248,12 +249,12 @@ class PairKernel:
         if loop.series:
             assert self._table is not None
             tables = [self._table(series) for series in loop.series]
-        tables += [table.numpy() for table in inputs[end:]]
+        tables += [table.resolve_neg().numpy() for table in inputs[end:]]
         for (_, size), move in zip(
             self.formula.tables, () if directions is None else directions[end:], strict=False
         ):
-            tables.append(np.zeros(size) if move is None else move[f].numpy())
-        return np.concatenate([np.array(numbers, dtype=kind), *tables])
+            tables.append(np.zeros(size) if move is None else move[f].resolve_neg().numpy())
+        return np.concatenate([np.array(numbers, dtype=np.float64), *tables])
 
     def _tiles(
         self, positions: np.ndarray, box: np.ndarray | None, lanes: int, *, several: bool

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdgraft._errors import InvalidInputError
 from mdgraft.kernels.derivatives import differentiable_energy
 from mdgraft.kernels.fused.lepton import describe, symmetric
 from mdgraft.kernels.kernel import Kernel
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 LARGEST = 128
 #: Longer expressions take many seconds to compile.
 MOST_STEPS = 500
+#: An entry that a table is asked for, for all lanes one after the other, takes as long as so many.
+_STEPS_PER_LOOKUP = 8
+#: Each frame takes time, and derivatives memory, for all entries of tables: with more of them for
+#: each particle that is more than for its pairs.
+MOST_ENTRIES = 1000
+#: Single precision counts no further.
+_LARGEST_INDEX = 2**24
 
 #: ``(positions, box, particle quantities, shared ones, switching distance, tabulated functions) ->
 #: energies``, or sums ``(frames, N)``.
@@ -63,10 +71,6 @@ class Groups:
     kind: np.ndarray
     forward: np.ndarray
     backward: np.ndarray
-
-    def counts(self, *, ordered: bool) -> tuple[np.ndarray, ...]:
-        """Both, or their sum ``(kinds, kinds)`` if it does not matter which particle is 1."""
-        return (self.forward, self.backward) if ordered else (self.forward + self.backward.T,)
 
     @property
     def kinds(self) -> Kinds:
@@ -138,10 +142,12 @@ class CompiledPairs:
         # An array: inside a torch.func transform tensors do not show theirs.
         self._exclusions = exclusions.cpu().numpy()
         steps = expression.program.steps
-        called = {s.operation for s in steps if isinstance(s, Step) and s.custom}
+        called = [s.operation for s in steps if isinstance(s, Step) and s.custom]
         self._tables = {name: t for name, t in (tables or {}).items() if name in called}
+        # Each corner of a cell has an entry in every column.
+        lookups = sum(self._tables[name].n_columns ** 2 for name in called if name in self._tables)
         self._description = None
-        if len(steps) <= MOST_STEPS:
+        if len(steps) + _STEPS_PER_LOOKUP * lookups <= MOST_STEPS:
             self._description = describe(expression.program, names, self._tables)
         self._ordered = ""
         if self._description is not None and not gathered:
@@ -149,6 +155,15 @@ class CompiledPairs:
             if not symmetric(self._description, exchanged):
                 self._ordered = "lower" if method is Method.NO_CUTOFF else "higher"
         self._groups = groups
+        self._sizes = tuple(
+            math.prod(table.sizes)
+            for table in self._tables.values()
+            for _ in range(table.n_columns)
+        )
+        counts = 0 if groups is None else (1 + bool(self._ordered)) * groups.forward.size
+        most = min(MOST_ENTRIES * n_particles, _LARGEST_INDEX)
+        if sum(self._sizes) + counts > most:
+            self._description = None
         self._kernels: dict[Route, Kernel] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,10 +175,14 @@ class CompiledPairs:
 
         It is as worth while as for ``n_particles`` particles; by default, for as many as there are.
         """
-        looks_up = bool(self._tables) or self._groups is not None
-        # Loops over small systems, and those of GPUs, have no tables.
-        if looks_up and (on_device(positions) or self._n_particles <= LARGEST):
-            return False
+        if bool(self._tables) or self._groups is not None:
+            if on_device(positions):
+                # GPUs add derivatives in entries up in another order each time.
+                if torch.are_deterministic_algorithms_enabled():
+                    return False
+            elif self._n_particles <= LARGEST:
+                # Loops over many small systems at once have no tables.
+                return False
         return self._description is not None and compiled_kernels(
             positions, n_particles=self._n_particles if n_particles is None else n_particles
         )
@@ -177,6 +196,8 @@ class CompiledPairs:
         switching: Tensor | None,
         entries: Mapping[str, Tensor],
         plain: PlainSum,
+        *,
+        groups: Sequence[Tensor] = (),
     ) -> Tensor:
         """Energies ``(frames,)`` [kJ/mol].
 
@@ -192,9 +213,11 @@ class CompiledPairs:
             Of tables ``(entries,)`` by the names of the functions.
         plain
             The same sum by torch operations.
+        groups
+            What `Groups` holds, on the device of the positions, if there are any.
         """
         quantities = (particle, shared, switching, entries)
-        return self._evaluate(differentiable_energy, positions, box, *quantities, plain)
+        return self._evaluate(differentiable_energy, positions, box, *quantities, plain, groups)
 
     def sums(
         self,
@@ -207,7 +230,7 @@ class CompiledPairs:
     ) -> Tensor:
         """Sums ``(frames, N)`` at particle 1, of what is gathered; arguments as in `energy`."""
         quantities = (particle, shared, None, entries)
-        return self._evaluate(particle_sums, positions, box, *quantities, plain)
+        return self._evaluate(particle_sums, positions, box, *quantities, plain, ())
 
     def _evaluate(
         self,
@@ -219,20 +242,30 @@ class CompiledPairs:
         switching: Tensor | None,
         entries: Mapping[str, Tensor],
         plain: PlainSum,
+        groups: Sequence[Tensor],
     ) -> Tensor:
         inputs = [particle[name] for name in self._particle]
-        groups = self._groups
-        if groups is not None:
-            inputs.append(torch.from_numpy(groups.kind).to(positions))
+        for name, quantity in zip(self._particle, inputs, strict=True):
+            # Loops would read beyond the end of what is too short.
+            if quantity.shape[-1:] != (self._n_particles,):
+                raise InvalidInputError(
+                    f"{name}: got values of shape {tuple(quantity.shape)}, wanted one for each of "
+                    f"the {self._n_particles} particles; replace all of them"
+                )
+        dtype, device = positions.dtype, positions.device
+        if groups:
+            inputs.append(groups[0].to(dtype))
         if self._ordered:
-            inputs.append(torch.arange(self._n_particles).to(positions))
+            inputs.append(torch.arange(self._n_particles, dtype=dtype, device=device))
         inputs += [shared[name] for name in self._shared]
         inputs += [switching] if switching is not None else []
         for name, table in self._tables.items():
             inputs += table.columns(entries[name])
-        if groups is not None:
-            counts = groups.counts(ordered=bool(self._ordered))
-            inputs += [torch.from_numpy(count).to(positions).reshape(-1) for count in counts]
+        if groups:
+            _, forward, backward = groups
+            # Their sum if it does not matter which particle is 1.
+            counts = (forward, backward) if self._ordered else (forward + backward.T,)
+            inputs += [count.to(dtype).reshape(-1) for count in counts]
         cell = box if self._method.periodic else None
         return function(self._kernel(positions, plain), positions, cell, inputs)
 
@@ -249,11 +282,7 @@ class CompiledPairs:
                 n_shared=len(self._shared),
                 ordered=self._ordered,
                 switched=self._switched,
-                sizes=tuple(
-                    math.prod(table.sizes)
-                    for table in self._tables.values()
-                    for _ in range(table.n_columns)
-                ),
+                sizes=self._sizes,
                 kinds=None if self._groups is None else self._groups.kinds,
                 framed=self._framed,
                 gathered=self._gathered,

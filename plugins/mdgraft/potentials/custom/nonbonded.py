@@ -189,7 +189,14 @@ class CustomNonbonded(AbstractCustomTerm):
         particle = self._particle(self.item_values(values), shared, functions, self.kind, positions)
         if self._compiled.serve(positions):
             quantities = (particle, shared, switching, self.entries(values))
-            energy = self._compiled.energy(positions, box, *quantities, self._plain_sum)
+            groups = (self.kind, self.forward_weights, self.backward_weights)
+            energy = self._compiled.energy(
+                positions,
+                box,
+                *quantities,
+                self._plain_sum,
+                groups=groups if self.grouped else (),
+            )
         else:
             energy = self._plain_sum(positions, box, particle, shared, switching, functions)
         if self.long_range_correction:
