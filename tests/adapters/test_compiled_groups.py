@@ -151,3 +151,21 @@ def test_frames_one_by_one():
     found = potential(x, box)
     with mdgraft.plain_kernels():
         torch.testing.assert_close(found, potential(x, box), rtol=1e-11, atol=1e-11)
+
+
+def test_few_pairs_of_a_large_open_system_are_listed(monkeypatch):
+    """Without a cutoff loops would search all pairs for them."""
+    n = 30_000
+    system, force = openmm.System(), openmm.CustomNonbondedForce("s1*s2/r")
+    force.addPerParticleParameter("s")
+    for _ in range(n):
+        system.addParticle(1.0)
+        force.addParticle([0.5])
+    force.addInteractionGroup(range(3), range(3, n))
+    system.addForce(force)
+    potential = mdgraft.graft(system)
+    x = torch.rand(n, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 9.0
+    monkeypatch.setattr("mdgraft.kernels.fused.pair_kernel.tile_list", None)
+    found = potential(x)
+    apart = torch.cdist(x[:3], x[3:])
+    torch.testing.assert_close(found, (0.25 / apart).sum())

@@ -21,6 +21,9 @@ from mdgraft.potentials.custom.long_range import PairCounts, correction
 from mdgraft.potentials.custom.pairwise import list_pairs, measure, particle_and_pair_names
 from mdgraft.potentials.nonbonded import Method
 
+#: A list of tiles of so many particles without a cutoff still fits.
+_LARGE = 20_000
+
 
 class CustomNonbonded(AbstractCustomTerm):
     """``E = sum of e(r, p1, p2)`` over pairs that are not excluded.
@@ -176,6 +179,12 @@ class CustomNonbonded(AbstractCustomTerm):
         first, second = np.concatenate(chosen, axis=1)
         return first, second
 
+    @property
+    def _few_listed(self) -> bool:
+        """Whether all pairs are listed, and far fewer than loops would have to search."""
+        listed, n = len(self.group_first), self.n_particles
+        return self.method is Method.NO_CUTOFF and n > _LARGE and 0 < listed < n**2 // 100
+
     def forward(
         self,
         positions: Tensor,
@@ -187,7 +196,7 @@ class CustomNonbonded(AbstractCustomTerm):
         shared, functions = self.shared_values(global_values), self.functions(values)
         switching = values[self.switching_key] if self.switched else None
         particle = self._particle(self.item_values(values), shared, functions, self.kind, positions)
-        if self._compiled.serve(positions):
+        if not self._few_listed and self._compiled.serve(positions):
             quantities = (particle, shared, switching, self.entries(values))
             groups = (self.kind, self.forward_weights, self.backward_weights)
             energy = self._compiled.energy(
