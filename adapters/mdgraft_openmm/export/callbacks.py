@@ -97,12 +97,7 @@ class Callback:
         if self.role != ENERGY:
             slope = _finite(self.evaluator.slope(self.role, positions, h, values))
             return slope, torch.zeros_like(positions)
-        found = self.evaluator(positions, h, values)
-        forces = found.forces
-        if forces.device != positions.device:
-            forces = forces.to(positions.device)
-        # Whoever takes them reads their memory from end to end.
-        return found.energy, forces.resolve_neg().contiguous()
+        return self.evaluator.energy_and_forces_of_tensors(positions, h, values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         token = _token(self.evaluator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -106,6 +106,27 @@ class Evaluator:
     def _numbers(self, values: Mapping[str, float]) -> list[float]:
         return [values[name] for name in self.function.defaults]
 
+    def energy_and_forces_of_tensors(
+        self, positions: Tensor, box: Tensor | None, values: dict[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """What a call gives, for a host that has tensors and reads the memory of the forces.
+
+        These are contiguous and on the device of the positions, in the precision of the module.
+        """
+        if self.slopes or self._unchecked or torch.is_inference_mode_enabled():
+            found = self(positions, box, values)
+            energy, forces = found.energy, found.forces
+        elif torch.is_grad_enabled():
+            energy, forces = self._energy_and_forces(positions, box, values)
+        else:
+            with torch.enable_grad():
+                energy, forces = self._energy_and_forces(positions, box, values)
+        if forces.device != positions.device:
+            forces = forces.to(positions.device)
+        if forces.is_neg() or not forces.is_contiguous():
+            forces = forces.resolve_neg().contiguous()
+        return energy, forces
+
     def energy_and_forces(
         self, positions: np.ndarray, box: np.ndarray | None, values: dict[str, float]
     ) -> tuple[float, np.ndarray]:
@@ -197,15 +218,28 @@ class Evaluator:
     def _of_tensors(
         self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
     ) -> Evaluation:
-        dtype, device = self.function.dtype, self.function.device
-        # A copy, since a host goes on with its own memory, and a module may keep what it gets.
-        x = positions.detach().to(device, dtype, copy=True)
-        h = None if box is None else box.to(device, dtype)
+        x, h = self._inputs(positions, box)
         energy, gradient, forces, slopes = self._pass(x, h, values)
         if forces is None:
             assert gradient is not None
             forces = gradient.neg()
         return Evaluation(energy.detach(), forces, dict(zip(self.slopes, slopes, strict=True)))
+
+    def _energy_and_forces(
+        self, positions: Tensor, box: Tensor | None, values: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """The same without slopes, in every step of a simulation."""
+        x, h = self._inputs(positions, box)
+        energy, gradient, forces, _ = self._pass(x, h, values)
+        return (energy, gradient.neg()) if gradient is not None else (energy, cast(Tensor, forces))
+
+    def _inputs(self, positions: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Copies of the module's kind: a host's memory changes, and a module may keep them."""
+        dtype, device = self.function.dtype, self.function.device
+        x = positions.detach()
+        same = x.dtype == dtype and x.device == device
+        x = x.clone() if same else x.to(device, dtype)
+        return x, None if box is None else box.to(device, dtype)
 
     def _pass(
         self, x: Tensor, h: Tensor | None, values: Mapping[str, float]
