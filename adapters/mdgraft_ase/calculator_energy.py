@@ -49,7 +49,7 @@ class CalculatorEnergy:
 
     def __call__(self, state: ChainState) -> Tensor:
         """Energies ``(C,)`` [kJ/mol], float64, one chain after the other."""
-        found = torch.from_numpy(self.energies_of_arrays(*_arrays(state)))
+        found = torch.from_numpy(self.energies_of_arrays(*state.arrays()))
         return found.to(state.positions.device)
 
     def energies_of_arrays(self, positions: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
@@ -101,7 +101,7 @@ class CalculatorEnergy:
 
     def energies_and_forces(self, state: ChainState) -> tuple[Tensor, Tensor]:
         """Energies ``(C,)`` [kJ/mol] and forces ``(C, N, 3)`` [kJ/mol/nm], float64."""
-        positions, boxes = _arrays(state)
+        positions, boxes = state.arrays()
         cells = self._cells(positions, boxes)
         arrays = [positions, np.zeros((len(positions), 0, 3)) if cells is None else cells]
         (slopes, *_), energies = (
@@ -123,10 +123,3 @@ class CalculatorEnergy:
         if boxes is None:
             raise MissingBoxError("state: has no box, but the atoms are periodic; pass box=")
         return boxes
-
-
-def _arrays(state: ChainState) -> tuple[np.ndarray, np.ndarray | None]:
-    """Positions ``(C, N, 3)`` and boxes ``(C, 3, 3)`` as float64 arrays."""
-    x = state.positions.detach().to("cpu", torch.float64).numpy()
-    box = state.box
-    return x, None if box is None else box.detach().to("cpu", torch.float64).numpy()

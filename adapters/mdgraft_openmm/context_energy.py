@@ -121,7 +121,7 @@ class ContextEnergy:
 
     def __call__(self, state: ChainState) -> Tensor:
         """Energies ``(C,)`` [kJ/mol], float64, one chain after the other."""
-        found = torch.from_numpy(self.energies_of_arrays(*arrays(state)))
+        found = torch.from_numpy(self.energies_of_arrays(*state.arrays()))
         return found.to(state.positions.device)
 
     def energies_of_arrays(self, positions: np.ndarray, boxes: np.ndarray | None) -> np.ndarray:
@@ -223,16 +223,9 @@ def _failure(error: openmm.OpenMMException) -> SimulationError:
     return SimulationError(f"energy: OpenMM cannot evaluate a configuration ({error})")
 
 
-def arrays(state: ChainState) -> tuple[np.ndarray, np.ndarray | None]:
-    """Positions ``(C, N, 3)`` and boxes ``(C, 3, 3)`` as float64 arrays."""
-    x = state.positions.detach().to("cpu", torch.float64).numpy()
-    box = state.box
-    return x, None if box is None else box.detach().to("cpu", torch.float64).numpy()
-
-
 def configurations(state: ChainState) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Positions and box of each chain as float64 arrays."""
-    return list(_paired(*arrays(state)))
+    return list(_paired(*state.arrays()))
 
 
 def _paired(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from mdgraft.kernels.fused.clusters import Exclusions
+from mdgraft.kernels.fused.pair_formulas import PairFormula
 from mdgraft.kernels.fused.pair_kernel import PairKernel
-from mdgraft.kernels.fused.tiles import PairFormula
 from mdgraft.kernels.pairs import close_pairs
 from mdgraft.kernels.periodic import minimum_image
 from mdgraft.potentials.direct_space import DirectSpace

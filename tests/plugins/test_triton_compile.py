@@ -28,7 +28,7 @@ from mdgraft.kernels.device import item_program, mesh_programs, pair_program, pr
 from mdgraft.kernels.fused.functions import _FUNCTIONS, _OF_ANGLES
 from mdgraft.kernels.fused.geometry import dot
 from mdgraft.kernels.fused.lepton import describe
-from mdgraft.kernels.fused.tiles import Task
+from mdgraft.kernels.fused.pair_formulas import Task
 from mdgraft.kernels.fused.tuples import TupleFormula
 from mdgraft.lepton import ContinuousTable, DiscreteTable, Expression
 from mdgraft.potentials.bonded_formulas import PERIODIC_TORSION

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,6 +166,11 @@ class ChainState:
             return mine.index_copy(0, chains, others)
 
         return self._join(other, written)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Positions ``(C, N, 3)`` and boxes ``(C, 3, 3)`` or None [nm], float64, for a host."""
+        x, box = self.positions.detach().to("cpu", torch.float64).numpy(), self.box
+        return x, None if box is None else box.detach().to("cpu", torch.float64).numpy()
 
     def detach(self) -> ChainState:
         """The same state without a graph."""

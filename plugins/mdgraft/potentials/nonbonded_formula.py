@@ -14,7 +14,7 @@ from torch import Tensor
 from mdgraft.kernels.fused import tables
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.graph import Graph, Node, Series
-from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.kernels.fused.pair_formulas import PairFormula
 from mdgraft.kernels.kernel import Kernel
 from mdgraft.potentials.exception_formulas import dispersion_damping
 

@@ -22,7 +22,7 @@ from mdgraft.potentials.item_term import cell_of
 from mdgraft.potentials.term import AbstractTerm
 
 if TYPE_CHECKING:
-    from mdgraft.kernels.fused.tiles import PairFormula
+    from mdgraft.kernels.fused.pair_formulas import PairFormula
 
 # Constants of model II of the paper, and of OpenMM [nm].
 _ALPHA, _BETA, _GAMMA = 1.0, 0.8, 4.85

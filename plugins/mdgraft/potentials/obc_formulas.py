@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mdgraft.kernels.fused.graph import Graph, Node
-from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.kernels.fused.pair_formulas import PairFormula
 
 
 def _distance(graph: Graph, u: Node) -> Node:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdgraft.kernels.device.item_program import BLOCK, ItemProgram, gather, item_program
 from mdgraft.kernels.device.numbers import Constants, Table, shared_numbers, some_frames
-from mdgraft.kernels.fused.tiles import Task
+from mdgraft.kernels.fused.pair_formulas import Task
 from mdgraft.kernels.fused.tuples import TupleFormula
 from mdgraft.kernels.kernel import Inputs, PerFrame
 

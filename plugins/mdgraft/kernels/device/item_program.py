@@ -15,7 +15,7 @@ from typing import Any
 from mdgraft.kernels.device import programs
 from mdgraft.kernels.device.writer import Name, TextEmitter, Writer
 from mdgraft.kernels.fused.graph import Series, topological
-from mdgraft.kernels.fused.tiles import Task
+from mdgraft.kernels.fused.pair_formulas import Task
 from mdgraft.kernels.fused.tuples import ORIGIN, TupleFormula, tuple_formulas
 
 #: Items, or particles, of a program.

@@ -22,9 +22,9 @@ from mdgraft.kernels.device.numbers import (
 from mdgraft.kernels.device.pair_program import PairProgram, pair_program
 from mdgraft.kernels.device.recording import NotRecordableError, recorder
 from mdgraft.kernels.fused.clusters import Exclusions
+from mdgraft.kernels.fused.pair_formulas import PairFormula, Task
 from mdgraft.kernels.fused.pair_kernel import SKIN
 from mdgraft.kernels.fused.thinning import Kinds
-from mdgraft.kernels.fused.tiles import PairFormula, Task
 from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.pairs import require_room
 

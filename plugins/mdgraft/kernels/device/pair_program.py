@@ -16,7 +16,7 @@ from mdgraft.kernels.device import programs
 from mdgraft.kernels.device.clusters import SIZE
 from mdgraft.kernels.device.writer import Name, TextEmitter, Writer
 from mdgraft.kernels.fused.graph import Node, Series, topological
-from mdgraft.kernels.fused.tiles import PairFormula, Task, pair_formulas
+from mdgraft.kernels.fused.pair_formulas import PairFormula, Task, pair_formulas
 
 #: Warps of a program, each of which has some of the pairs of a tile, so that they need not spill.
 _WARPS = 4

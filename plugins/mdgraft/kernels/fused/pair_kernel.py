@@ -12,10 +12,11 @@ from torch import Tensor
 from mdgraft.kernels.fused.clusters import Exclusions, TileList, tile_list
 from mdgraft.kernels.fused.frame_pass import Gathered, Layer, frame_pass
 from mdgraft.kernels.fused.graph import Series
+from mdgraft.kernels.fused.pair_formulas import PairFormula, Task
 from mdgraft.kernels.fused.pairs_by_frame import FEWEST, LARGEST, pairs_by_frame
 from mdgraft.kernels.fused.spreading import compiled
 from mdgraft.kernels.fused.thinning import Kinds, thinned
-from mdgraft.kernels.fused.tiles import Loop, PairFormula, Task, compiled_loop
+from mdgraft.kernels.fused.tiles import Loop, compiled_loop
 from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 from mdgraft.kernels.kernel import Inputs, PerFrame
 from mdgraft.kernels.pairs import require_room

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdgraft.kernels.fused.geometry import dot
 from mdgraft.kernels.fused.graph import Graph, Node, Series
-from mdgraft.kernels.fused.tiles import PairFormula
+from mdgraft.kernels.fused.pair_formulas import PairFormula
 from mdgraft.kernels.fused.tuple_kernel import TupleKernel
 from mdgraft.kernels.fused.tuples import TupleFormula, Vector
 

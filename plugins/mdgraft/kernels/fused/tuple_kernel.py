@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mdgraft.kernels.fused.graph import Series
+from mdgraft.kernels.fused.pair_formulas import Task
 from mdgraft.kernels.fused.threads import run_chunks
-from mdgraft.kernels.fused.tiles import Task
 from mdgraft.kernels.fused.tuples import ARRAYS, TupleFormula, TupleLoop, compiled_tuples
 from mdgraft.kernels.kernel import Inputs, PerFrame
 

@@ -26,7 +26,7 @@ from mdgraft.kernels.fused.graph import (
     topological,
 )
 from mdgraft.kernels.fused.loops import DOUBLE, INDEX, INT32, LoopBuilder
-from mdgraft.kernels.fused.tiles import Task
+from mdgraft.kernels.fused.pair_formulas import Task
 
 #: Three components.
 Vector: TypeAlias = "tuple[Node, Node, Node]"

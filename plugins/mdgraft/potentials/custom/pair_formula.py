@@ -12,8 +12,8 @@ from torch import Tensor
 from mdgraft.kernels.fused.clusters import Exclusions
 from mdgraft.kernels.fused.graph import Graph, Node
 from mdgraft.kernels.fused.lepton import Description, Distance, translate
+from mdgraft.kernels.fused.pair_formulas import PairFormula
 from mdgraft.kernels.fused.thinning import Kinds
-from mdgraft.kernels.fused.tiles import PairFormula
 from mdgraft.kernels.kernel import Kernel
 from mdgraft.potentials.nonbonded_formula import switch
 
